@@ -1,0 +1,235 @@
+"""Settings: one dataclass whose field comments are the documentation and the --help.
+
+A preset a data set holds only what differs from the dataclass. Every field is a flag
+(`t_skip` is `--t-skip`); a flag that is given wins over the preset.
+"""
+
+import argparse
+import difflib
+import inspect
+import os
+import re
+import signal
+import sys
+import typing
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+POINT_SETS = ("8gaussians", "moons", "checkerboard", "spirals")
+DATASETS = (*POINT_SETS, "mnist", "celebahq")
+
+
+@dataclass(frozen=True)
+class Config:
+    # -- the run
+    dataset: Literal[DATASETS] = "checkerboard"  # what to learn
+    data_dir: str = "data"          # folder that holds the images, or that they are downloaded to
+    out: str = ""                   # folder of the run; empty means runs/<dataset>
+    seed: int = 0                   # of weights, data and noise; step i draws from (seed, i) alone
+    resume: bool = False            # continue the run in the folder, with the settings saved there
+    overwrite: bool = False         # replace a teacher or student of other settings in the folder
+
+    # -- the machine
+    device: str = "auto"            # cpu, cuda, cuda:1, mps; auto takes the first GPU there is
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 for images where it is fast
+    channels_last: bool = False     # NHWC memory format (images only; measure it on your machine)
+    compile: bool = False           # torch.compile the velocity networks (the discriminator never)
+    threads: int = 0                # CPU threads; 0 means 1 for points, all cores for images
+
+    # -- networks (an MLP for points, a UNet for images)
+    channels: int = 128             # width of the MLP, channels of the UNet's finest level
+    mult: tuple[int, ...] = (1, 2)  # UNet: channel multiplier of each level, finest first
+    blocks: int = 3                 # hidden layers of the MLP, residual blocks a level of the UNet
+    attention: tuple[int, ...] = (1,)  # UNet: levels with attention, 0 is the finest
+    heads: int = 4                  # UNet: attention heads
+    time_scale: float = 10.0        # t is multiplied by this before its sinusoidal features
+    patch_size: int = 1             # UNet: p x p pixels are folded into channels first
+    num_classes: int = 0            # classes of a conditional network; 0 means unconditional
+    disc_channels: int = 128        # width of the discriminator
+
+    # -- teacher: flow matching (Eq. 1)
+    teacher_steps: int = 4000       # iterations of pretraining
+    teacher_lr: float = 2e-3        # AdamW learning rate
+    teacher_batch_size: int = 512   # samples an iteration
+    teacher_ema: float = 0.995      # decay of the weights' average, which is the teacher
+    teacher_checkpoint: str = ""    # distil from this teacher.pt; empty: the run's own
+
+    # -- student: Algorithm 1
+    losses: tuple[Literal["cd", "gan", "rf", "bi"], ...] = ("cd", "gan", "rf", "bi")  # in use
+    steps: int = 4000               # iterations of distillation
+    batch_size: int = 512           # samples an iteration
+    lr: float = 1e-3                # AdamW learning rate of the student
+    disc_lr: float = 1e-3           # AdamW learning rate of the discriminator
+    lr_final: float = 0.0           # all rates fall along a cosine to this fraction; 1 is constant
+    lr_warmup: int = 100            # iterations in which the rates rise from zero
+    t_trunc: float = 0.4            # truncation time of CD (Eq. 8); 0, plain CD, without the GAN
+    t_skip: float = 0.1             # longest step of the teacher (Algorithm 2)
+    truncation: Literal["landing", "current"] = "landing"  # t_trunc is held against t_lo, or t
+    metric: Literal["pseudo-huber", "l2"] = "pseudo-huber"  # distance in CD and BI
+    mu: float = 0.9                 # decay of theta~, the average that CD and BI aim at
+    ema: float = 0.998              # decay of the average that is sampled from
+    l_gan: float = 1.0              # weight of the GAN loss (Eq. 7)
+    l_rf: float = 3.0               # weight of the reflow loss (Eq. 9)
+    l_bi: float = 0.05              # weight of the bidirectional loss (Eq. 10)
+    n_gan: int = 0                  # first iteration with the GAN
+    n_rf: int = 0                   # first iteration with reflow
+    n_bi: int = 0                   # first iteration with the bidirectional loss
+    r1: float = 0.1                 # gamma of R1, (gamma / 2) E || grad D(z0) ||^2; 0 leaves it out
+
+    # -- what is written, and when
+    log_every: int = 50             # iterations a row of log.csv; finite losses are checked then too
+    save_every: int = 1000          # iterations between two saved resume states
+    preview_every: int = 1000       # iterations between two pictures of the EMA's samples
+
+
+PRESETS = {
+    "mnist": dict(
+        channels=64, blocks=1, patch_size=2, time_scale=1000.0, disc_channels=32,
+        teacher_steps=2400, teacher_lr=1e-3, teacher_batch_size=128,
+        steps=1600, batch_size=64, lr=4e-4, disc_lr=1e-3, l_gan=0.3, l_rf=1.0, l_bi=0.1,
+        save_every=200, preview_every=200,
+    ),
+}
+
+# a teacher made with the same values of these is the same teacher
+TEACHER_FIELDS = (
+    "dataset", "seed", "channels", "mult", "blocks", "attention", "heads", "time_scale",
+    "patch_size", "num_classes", "teacher_steps", "teacher_lr", "teacher_batch_size",
+    "teacher_ema", "lr_final", "lr_warmup",
+)
+ARCHITECTURE = ("channels", "mult", "blocks", "attention", "heads", "time_scale", "patch_size",
+                "num_classes")
+# these say where and how a run happens, not what comes out of it
+CIRCUMSTANCES = ("data_dir", "out", "resume", "overwrite", "device", "precision", "channels_last",
+                 "compile", "threads", "teacher_checkpoint", "log_every", "save_every",
+                 "preview_every")
+
+
+class UserError(Exception):
+    """Something the user can mend: one sentence, printed without a traceback, exit code 2."""
+
+
+def make_config(dataset=Config.dataset, **given):
+    """Settings of a data set: the defaults, its preset, then what is given; checked.
+
+    Without the GAN there is no truncation either (the paper's ladder), unless t_trunc is given.
+    Raises UserError for a value that makes no sense.
+    """
+    cfg = Config(**{"dataset": dataset, **PRESETS.get(dataset, {}), **given})
+    if "gan" not in cfg.losses and "t_trunc" not in given:
+        cfg = Config(**{**asdict(cfg), "t_trunc": 0.0})
+    check(cfg)
+    return cfg
+
+
+def check(cfg):
+    """Raises UserError where a value is out of its range; the sentence names the flag."""
+    at_least_one = ("channels", "blocks", "heads", "patch_size", "disc_channels", "teacher_steps",
+                    "teacher_batch_size", "steps", "batch_size", "log_every", "save_every",
+                    "preview_every")
+    not_negative = ("seed", "threads", "num_classes", "l_gan", "l_rf", "l_bi", "n_gan", "n_rf",
+                    "n_bi", "r1", "lr_warmup")
+    fractions = ("t_trunc", "t_skip", "mu", "ema", "teacher_ema", "lr_final")
+    positive = ("teacher_lr", "lr", "disc_lr", "time_scale", "t_skip")
+    rules = [(at_least_one, lambda x: x >= 1, "at least 1"),
+             (not_negative, lambda x: x >= 0, "not negative"),
+             (fractions, lambda x: 0 <= x <= 1, "between 0 and 1"),
+             (positive, lambda x: x > 0, "larger than 0")]
+    for names, fits, wanted in rules:
+        for name in names:
+            if not fits(getattr(cfg, name)):
+                raise UserError(f"{flag(name)} {getattr(cfg, name)} makes no sense; it must be {wanted}")
+    if "cd" not in cfg.losses:
+        raise UserError("--losses must contain cd; the other three correct it and do not stand alone")
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+def run_dir(cfg):
+    """Folder of the run: --out exactly, or runs/<dataset>."""
+    return Path(cfg.out or Path("runs") / cfg.dataset)
+
+
+# --------------------------------------------------------------------------------- command line
+
+
+def field_comments():
+    """The comment behind each field and the sections, read from the dataclass's own source."""
+    comments, sections, section = {}, {}, None
+    for line in inspect.getsource(Config).splitlines():
+        if title := re.match(r"    # -- (.+)", line):
+            section = title[1]
+        elif field := re.match(r"    (\w+): .*?  # (.+)", line):
+            comments[field[1]], sections[field[1]] = field[2], section
+    return comments, sections
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one sentence, with the nearest flag where one was mistyped."""
+
+    def error(self, message):
+        if unknown := re.match(r"unrecognized arguments: (--[\w-]+)", message):
+            known = [o for action in self._actions for o in action.option_strings]
+            near = difflib.get_close_matches(unknown[1], known, n=1)
+            message = f"there is no flag {unknown[1]}" + (f"; did you mean {near[0]}?" if near else ";")
+        self.exit(2, f"{self.prog}: {message} ({self.prog} --help lists the flags)\n")
+
+
+def add_field_flags(parser, names=None):
+    """One flag a field of Config, absent from the result where it was not given."""
+    comments, sections = field_comments()
+    hints, groups = typing.get_type_hints(Config), {}
+    for f in fields(Config):
+        if names is not None and f.name not in names:
+            continue
+        section = sections[f.name]
+        if section not in groups:
+            groups[section] = parser.add_argument_group(section)
+        kind, many = hints[f.name], {}
+        if typing.get_origin(kind) is tuple:
+            kind, many = typing.get_args(kind)[0], {"nargs": "*" if f.name != "losses" else "+"}
+        if typing.get_origin(kind) is Literal:
+            many["choices"], kind = typing.get_args(kind), str
+        default = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
+        others = "".join(f"; {d}: {v[f.name]}" for d, v in PRESETS.items() if f.name in v)
+        shown = f" [{default}{others}]" if default not in ("", False) or others else ""
+        text = (comments[f.name] + shown).replace("%", "%%")
+        if kind is bool:
+            groups[section].add_argument(flag(f.name), action=argparse.BooleanOptionalAction,
+                                         default=argparse.SUPPRESS, help=text)
+        else:
+            metavar = None if "choices" in many else kind.__name__.upper()
+            groups[section].add_argument(flag(f.name), type=kind, default=argparse.SUPPRESS,
+                                         metavar=metavar, help=text, **many)
+
+
+def parse_config(description, argv=None):
+    """Command line -> (Config, the fields that were given on it)."""
+    parser = Parser(description=description, allow_abbrev=False)
+    add_field_flags(parser)
+    given = vars(parser.parse_args(argv))
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    return make_config(**given), given
+
+
+def run_script(main):
+    """Runs a script's main(): a UserError is one sentence and exit code 2, Ctrl-C code 130."""
+    script = Path(sys.argv[0]).name
+    try:
+        sys.exit(main())
+    except UserError as e:
+        sys.exit(fail(script, e))
+    except KeyboardInterrupt:
+        print(f"\n{script}: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:                        # the reader of our output left (| head)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+
+
+def fail(script, error):
+    print(f"{script}: {error}", file=sys.stderr)
+    return 2

@@ -1,0 +1,107 @@
+"""The four losses of SCFlow, and the teacher's: pure functions, tensors in, scalar out.
+
+Notation of the paper throughout: z0 data, z1 noise, t in [0, 1] with t = 1 noise and t = 0 data,
+zt = (1 - t) z0 + t z1, velocity v = z1 - z0, and the z0-prediction f(z, t) = z - t v(z, t).
+Points (B, 2), images and latents (B, C, H, W) share every line; t always has shape (B,).
+Every loss is a mean over all elements; what the paper marks sg (stop-gradient) is detached here.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def expand(t, z):
+    """Times (B,) as (B, 1, ...), so that they broadcast over z (B, ...)."""
+    return t.view(-1, *[1] * (z.ndim - 1))
+
+
+def interpolate(z0, z1, t):
+    """zt = (1 - t) z0 + t z1, the straight path from data (t = 0) to noise (t = 1)."""
+    t = expand(t, z0)
+    return (1 - t) * z0 + t * z1
+
+
+def z0_prediction(model, zt, t, y=None):
+    """f(zt, t) = zt - t v(zt, t): one Euler step all the way to t = 0 (Eq. 5)."""
+    return zt - expand(t, zt) * model(zt, t, y)
+
+
+def z0_predictions(model, pairs, y=None):
+    """f at several (z, t), each (B, ...) and (B,), as one batch: a tuple with an answer for each."""
+    z, t = (torch.cat(parts) for parts in zip(*pairs))
+    y = y if y is None else y.repeat(len(pairs))
+    return z0_prediction(model, z, t, y).chunk(len(pairs))
+
+
+# ------------------------------------------------------------------------------------ teacher
+
+
+def flow_matching_loss(v, z0, z1):
+    """|| z1 - z0 - v(zt, t) ||^2, the teacher's loss (Eq. 1)."""
+    return F.mse_loss(v, z1 - z0)
+
+
+# --------------------------------------------------------------------------------- regressions
+
+
+def time_skip(t, t_skip, generator=None):
+    """Step sizes d_s (down) and d_k (up) for each t (B,), two independent draws (Algorithm 2).
+
+    d_s = U(0,1) min(t, t_skip) and d_k = U(0,1) min(1 - t, t_skip), so t - d_s >= 0, t + d_k <= 1.
+    """
+    u = torch.rand(2, len(t), generator=generator, device=t.device)
+    return u[0] * t.clamp(max=t_skip), u[1] * (1 - t).clamp(max=t_skip)
+
+
+def distance(a, b, metric="pseudo-huber", c=0.01):
+    """Mean over all elements of d^2 ("l2") or of sqrt(d^2 + c^2) - c ("pseudo-huber"), d = a - b.
+
+    The paper writes the first, its code runs the second: quadratic for |d| < c, then linear.
+    """
+    if metric == "l2":
+        return F.mse_loss(a, b)
+    return ((a - b).square() + c**2).sqrt().mean() - c
+
+
+def consistency_loss(f_t, f_lo, z0, t, t_lo, t_trunc, truncation="landing", metric="pseudo-huber"):
+    """Truncated consistency (Eq. 8): f(zt, t) matches f~(z_lo, t_lo), near the data z0 itself.
+
+    f_t is f_theta(zt, t); f_lo is f_theta~(z_lo, t_lo) after the teacher's step down to t_lo.
+    z0 takes its place where t_lo < t_trunc ("landing", official code) or t <= t_trunc ("current",
+    paper). t_trunc = 0 is plain consistency distillation.
+    """
+    near_data = t_lo < t_trunc if truncation == "landing" else t <= t_trunc   # (B,)
+    aim = torch.where(expand(near_data, z0), z0, f_lo)
+    return distance(f_t, aim.detach(), metric)
+
+
+def bidirectional_loss(f_t, f_hi, metric="pseudo-huber"):
+    """Consistency upwards (Eq. 10): f(zt, t) matches f~(z_hi, t_hi), a teacher's step noisier."""
+    return distance(f_t, f_hi.detach(), metric)
+
+
+def reflow_loss(f_r, x1):
+    """|| x1 - f(zr, t) ||^2, zr = (1-t) x1 + t z1 (Eq. 9): straight lines to one-step samples x1."""
+    return F.mse_loss(f_r, x1.detach())
+
+
+# ----------------------------------------------------------------------------------------- GAN
+
+
+def generator_loss(d_fake):
+    """The student's side of Eq. 7, non-saturating: -log sigmoid(D(f_theta(z1, 1)))."""
+    return F.softplus(-d_fake).mean()
+
+
+def discriminator_loss(d_real, d_fake):
+    """The discriminator's side of Eq. 7: -log sigmoid(D(z0)) - log(1 - sigmoid(D(x1)))."""
+    return F.softplus(-d_real).mean() + F.softplus(d_fake).mean()
+
+
+def r1_penalty(d_real, z0):
+    """|| grad D(z0) ||^2, mean over the batch (Mescheder et al., 2018); z0 requires gradients.
+
+    Differentiable in D's weights (double backward), so D must run eagerly, not compiled.
+    """
+    (gradient,) = torch.autograd.grad(d_real.sum(), z0, create_graph=True)
+    return gradient.square().flatten(1).sum(1).mean()

@@ -1,0 +1,160 @@
+"""Pretrains the teacher phi by flow matching (Eq. 1): `python teacher.py --dataset mnist`.
+
+train.py calls this by itself where the run has no teacher yet.
+"""
+
+import math
+import shutil
+from pathlib import Path
+
+import torch
+from torch.optim import AdamW
+
+import checkpoint
+import data
+import plots
+import sample
+from config import TEACHER_FIELDS, UserError, parse_config, run_dir, run_script
+from losses import flow_matching_loss, interpolate
+from model import choose_device, copy_of, ema_update, prepare, velocity_network
+
+
+def train_teacher(cfg):
+    """Pretrains cfg.teacher_steps iterations; writes teacher.pt, the EMA, and returns its path."""
+    device = choose_device(cfg)
+    folder = checkpoint.make_folder(run_dir(cfg))
+    dataset = data.load(cfg, device)
+
+    torch.manual_seed(cfg.seed)
+    teacher = velocity_network(cfg, dataset.shape)
+    ema = prepare(copy_of(teacher), cfg, device)
+    prepare(teacher, cfg, device)
+    opt = AdamW(teacher.parameters(), lr=cfg.teacher_lr, weight_decay=0.0, fused=True)
+    states = {"teacher": teacher, "ema": ema, "opt": opt}
+
+    generator, start = torch.Generator(device), 0
+    if cfg.resume and (folder / "teacher_resume.pt").exists():
+        state = checkpoint.load(folder / "teacher_resume.pt", "teacher resume", device)
+        for name, part in states.items():
+            part.load_state_dict(state[name])
+        start = state["step"]
+
+    def save(step):
+        log.fetch()                                # so that a loss that is not finite is never saved
+        checkpoint.save(folder / "teacher_resume.pt", "teacher resume", cfg, dataset.shape, step,
+                        **{name: part.state_dict() for name, part in states.items()})
+
+    log = checkpoint.Log(folder / "teacher_log.csv", ("fm", "grad_norm"), cfg.log_every, start,
+                         cfg.teacher_steps, cfg.teacher_batch_size, "teacher")
+    with checkpoint.Interrupt() as interrupt, log:
+        save(start)
+        for step in range(start, cfg.teacher_steps):
+            generator.manual_seed(step_seed(cfg.seed, step))
+            set_rates(cfg, step, cfg.teacher_steps, (opt, cfg.teacher_lr))
+
+            # data, noise and time make zt; the teacher learns its velocity there
+            z0, y = dataset.batch(cfg.teacher_batch_size, generator)
+            z1 = torch.randn(z0.shape, generator=generator, device=device)
+            t = torch.rand(len(z0), generator=generator, device=device)
+            loss = flow_matching_loss(teacher(interpolate(z0, z1, t), t, y), z0, z1)
+            loss.backward()
+            grad_norm = torch.nn.utils.get_total_norm([p.grad for p in teacher.parameters()])
+            opt.step()
+            opt.zero_grad()
+            # a young average forgets faster, or it would still remember the random start
+            ema_update(ema, teacher, min(cfg.teacher_ema, (1 + step) / (10 + step)))
+            log.add(fm=loss, grad_norm=grad_norm)
+
+            done = step + 1
+            if done % cfg.save_every == 0 or done == cfg.teacher_steps or interrupt.asked:
+                save(done)
+            if interrupt.asked and done < cfg.teacher_steps:
+                raise checkpoint.Interrupted(folder, cfg, done, cfg.teacher_steps)
+            if done % cfg.preview_every == 0:
+                sample.strips(folder / f"teacher_preview_{done:06d}.png", [("teacher", ema, None)],
+                              dataset.shape, (4, 16), device=device,
+                              title=f"the teacher's EMA after {done} iterations")
+
+    checkpoint.save(folder / "teacher.pt", "teacher", cfg, dataset.shape, cfg.teacher_steps,
+                    ema=ema.state_dict())
+    plots.losses(folder / "teacher_losses.png", log.curves(), f"teacher on {cfg.dataset}")
+    return folder / "teacher.pt"
+
+
+def find_or_train(cfg):
+    """The path of the run's teacher.pt: what --teacher-checkpoint names, what is there, or a new one.
+
+    A teacher of the same settings in the run's folder or in runs/<dataset> is reused; the run gets
+    a copy, so that it is whole. Raises UserError where another one stands in the run's folder.
+    """
+    own, common = run_dir(cfg) / "teacher.pt", Path("runs") / cfg.dataset / "teacher.pt"
+    if cfg.teacher_checkpoint:
+        return adopt(Path(cfg.teacher_checkpoint), own, cfg)
+    for path in dict.fromkeys([own, common]):
+        if not path.exists():
+            continue
+        there = checkpoint.config_of(checkpoint.load(path, "teacher"))
+        clash = checkpoint.differences(cfg, there, TEACHER_FIELDS)
+        if not clash:
+            return adopt(path, own, cfg)
+        if path == own and not cfg.overwrite:
+            raise UserError(f"{own} was trained with other settings: {clash}; distil from it by "
+                            f"--teacher-checkpoint {own}, replace it by --overwrite, or choose "
+                            "another --out")
+    return train_teacher(cfg)
+
+
+def adopt(path, own, cfg):
+    """Copies a teacher into the run's folder, unless it is the one that lies there already."""
+    if own.exists() and own.resolve() == path.resolve():
+        return own
+    content = checkpoint.load(path, "teacher")
+    if own.exists() and not cfg.overwrite and not cfg.resume:
+        there = checkpoint.config_of(checkpoint.load(own, "teacher"))
+        if checkpoint.differences(there, checkpoint.config_of(content), TEACHER_FIELDS):
+            raise UserError(f"{own} is another teacher than {path}; --overwrite replaces it, "
+                            "another --out keeps both")
+    part = own.with_name("teacher.pt.part")
+    shutil.copyfile(path, part)
+    part.replace(own)
+    return own
+
+
+def load_teacher(path, cfg, shape):
+    """The frozen teacher network of a teacher.pt; UserError where it does not fit the run."""
+    content = checkpoint.load(path, "teacher")
+    trained_on = content["config"]["dataset"]
+    if tuple(content["shape"]) != tuple(shape) or trained_on != cfg.dataset:
+        raise UserError(f"{path} was trained on {trained_on}, samples of shape "
+                        f"{tuple(content['shape'])}; this run has {cfg.dataset}, {tuple(shape)}")
+    teacher = velocity_network(cfg, shape)
+    checkpoint.load_weights(teacher, content["ema"], path)
+    return copy_of(teacher)
+
+
+def step_seed(seed, step, stream=0):
+    """Seed of all random draws of one iteration: a run needs no other random state to resume."""
+    return ((2 * seed + stream) * 1_000_003 + step) * 2_654_435_761 % 2**63
+
+
+def set_rates(cfg, step, steps, *pairs):
+    """Learning rates: up from zero in cfg.lr_warmup steps, down along a cosine to cfg.lr_final."""
+    fall = cfg.lr_final + (1 - cfg.lr_final) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+    for opt, lr in pairs:
+        for group in opt.param_groups:
+            group["lr"] = lr * fall * min(1.0, (step + 1) / max(cfg.lr_warmup, 1))
+
+
+def main(argv=None):
+    cfg, given = parse_config(__doc__.splitlines()[0], argv)
+    if cfg.resume:
+        cfg = checkpoint.resumed(cfg, given, run_dir(cfg))
+        path = train_teacher(cfg)
+    else:
+        path = find_or_train(cfg)
+    print(f"teacher: {path}   pictures: {path.parent / 'teacher_losses.png'}   "
+          f"next: python train.py --dataset {cfg.dataset} (distils it)")
+
+
+if __name__ == "__main__":
+    run_script(main)
