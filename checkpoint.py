@@ -10,6 +10,7 @@ import math
 import os
 import pickle
 import signal
+import sys
 import tempfile
 import time
 from dataclasses import asdict, fields, replace
@@ -183,7 +184,8 @@ class Log:
         if start and self.path.exists():           # a resumed run repeats the rows after its start
             with open(self.path, newline="") as f:
                 self.rows = [row for row in csv.DictReader(f) if int(row["step"]) <= start]
-        self.bar = tqdm(total=steps, initial=start, desc=title, dynamic_ncols=True, mininterval=0.5)
+        self.bar = tqdm(total=steps, initial=start, desc=title, dynamic_ncols=True,
+                        mininterval=0.5 if sys.stderr.isatty() else 30)
 
     def __enter__(self):
         self.file = open(self.path, "w", newline="")

@@ -50,7 +50,7 @@ class Config:
 
     # -- teacher: flow matching (Eq. 1)
     teacher_steps: int = 4000       # iterations of pretraining
-    teacher_lr: float = 2e-3        # AdamW learning rate
+    teacher_lr: float = 4e-3        # AdamW learning rate
     teacher_batch_size: int = 512   # samples an iteration
     teacher_ema: float = 0.995      # decay of the weights' average, which is the teacher
     teacher_checkpoint: str = ""    # distil from this teacher.pt; empty: the run's own
@@ -61,12 +61,15 @@ class Config:
     batch_size: int = 512           # samples an iteration
     lr: float = 1e-3                # AdamW learning rate of the student
     disc_lr: float = 1e-3           # AdamW learning rate of the discriminator
+    beta1: float = 0.9              # AdamW: memory of the gradient, student and discriminator
+    beta2: float = 0.999            # AdamW: memory of its square, student and discriminator
     lr_final: float = 0.0           # all rates fall along a cosine to this fraction; 1 is constant
     lr_warmup: int = 100            # iterations in which the rates rise from zero
     t_trunc: float = 0.4            # truncation time of CD (Eq. 8); 0, plain CD, without the GAN
     t_skip: float = 0.1             # longest step of the teacher (Algorithm 2)
     truncation: Literal["landing", "current"] = "landing"  # t_trunc is held against t_lo, or t
     metric: Literal["pseudo-huber", "l2"] = "pseudo-huber"  # distance in CD and BI
+    huber_c: float = 0.01           # pseudo-Huber's c: quadratic below this difference
     mu: float = 0.9                 # decay of theta~, the average that CD and BI aim at
     ema: float = 0.998              # decay of the average that is sampled from
     l_gan: float = 1.0              # weight of the GAN loss (Eq. 7)
@@ -85,9 +88,10 @@ class Config:
 
 PRESETS = {
     "mnist": dict(
-        channels=64, blocks=1, patch_size=2, time_scale=1000.0, disc_channels=32,
-        teacher_steps=2400, teacher_lr=1e-3, teacher_batch_size=128,
+        channels=32, blocks=1, patch_size=2, time_scale=1000.0, disc_channels=32,
+        teacher_steps=3400, teacher_lr=1e-3, teacher_batch_size=128,
         steps=1600, batch_size=64, lr=4e-4, disc_lr=1e-3, l_gan=0.3, l_rf=1.0, l_bi=0.1,
+        beta1=0.0, beta2=0.99,
         save_every=200, preview_every=200,
     ),
 }
@@ -130,8 +134,8 @@ def check(cfg):
                     "preview_every")
     not_negative = ("seed", "threads", "num_classes", "l_gan", "l_rf", "l_bi", "n_gan", "n_rf",
                     "n_bi", "r1", "lr_warmup")
-    fractions = ("t_trunc", "t_skip", "mu", "ema", "teacher_ema", "lr_final")
-    positive = ("teacher_lr", "lr", "disc_lr", "time_scale", "t_skip")
+    fractions = ("t_trunc", "t_skip", "mu", "ema", "teacher_ema", "lr_final", "beta1", "beta2")
+    positive = ("teacher_lr", "lr", "disc_lr", "time_scale", "t_skip", "huber_c")
     rules = [(at_least_one, lambda x: x >= 1, "at least 1"),
              (not_negative, lambda x: x >= 0, "not negative"),
              (fractions, lambda x: 0 <= x <= 1, "between 0 and 1"),

@@ -63,7 +63,8 @@ def distance(a, b, metric="pseudo-huber", c=0.01):
     return ((a - b).square() + c**2).sqrt().mean() - c
 
 
-def consistency_loss(f_t, f_lo, z0, t, t_lo, t_trunc, truncation="landing", metric="pseudo-huber"):
+def consistency_loss(f_t, f_lo, z0, t, t_lo, t_trunc, truncation="landing", metric="pseudo-huber",
+                     c=0.01):
     """Truncated consistency (Eq. 8): f(zt, t) matches f~(z_lo, t_lo), near the data z0 itself.
 
     f_t is f_theta(zt, t); f_lo is f_theta~(z_lo, t_lo) after the teacher's step down to t_lo.
@@ -72,12 +73,12 @@ def consistency_loss(f_t, f_lo, z0, t, t_lo, t_trunc, truncation="landing", metr
     """
     near_data = t_lo < t_trunc if truncation == "landing" else t <= t_trunc   # (B,)
     aim = torch.where(expand(near_data, z0), z0, f_lo)
-    return distance(f_t, aim.detach(), metric)
+    return distance(f_t, aim.detach(), metric, c)
 
 
-def bidirectional_loss(f_t, f_hi, metric="pseudo-huber"):
+def bidirectional_loss(f_t, f_hi, metric="pseudo-huber", c=0.01):
     """Consistency upwards (Eq. 10): f(zt, t) matches f~(z_hi, t_hi), a teacher's step noisier."""
-    return distance(f_t, f_hi.detach(), metric)
+    return distance(f_t, f_hi.detach(), metric, c)
 
 
 def reflow_loss(f_r, x1):

@@ -55,27 +55,23 @@ class LabelEmbedding(nn.Embedding):
 
 
 class MLP(Network):
-    """Velocity of points, (B, dim): residual SiLU layers, each told the time (and the label)."""
+    """Velocity of points, (B, dim): SiLU layers on the point and the features of its time."""
 
     def __init__(self, dim=2, channels=128, blocks=3, time_scale=10.0, num_classes=0):
         super().__init__()
-        self.channels, self.time_scale = channels, time_scale
-        self.time_embed = nn.Sequential(nn.Linear(channels, channels), nn.SiLU())
+        self.time_scale = time_scale
+        self.first = nn.Linear(dim + 32, channels)
         self.label_emb = LabelEmbedding(num_classes, channels) if num_classes else None
-        self.first = nn.Linear(dim, channels)
-        self.layers = nn.ModuleList(nn.Linear(channels, channels) for _ in range(blocks))
-        self.shifts = nn.Linear(channels, channels * blocks)              # time's share per layer
+        self.hidden = nn.ModuleList(nn.Linear(channels, channels) for _ in range(blocks))
         self.last = nn.Linear(channels, dim)
-        nn.init.zeros_(self.last.weight)
 
     def forward(self, zt, t, y=None):
-        emb = self.time_embed(time_features(t, self.channels, self.time_scale))
+        h = self.first(torch.cat([zt, time_features(t, 32, self.time_scale)], dim=1))
         if self.label_emb is not None:
-            emb = emb + self.label_emb(y, len(zt))
-        h = self.first(zt)                                                # (B, channels)
-        for layer, shift in zip(self.layers, self.shifts(emb).chunk(len(self.layers), dim=1)):
-            h = h + F.silu(layer(h) + shift)
-        return self.last(h)
+            h = h + self.label_emb(y, len(zt))
+        for layer in self.hidden:
+            h = layer(F.silu(h))                                          # (B, channels)
+        return self.last(F.silu(h))
 
 
 class PointDiscriminator(Network):
@@ -313,6 +309,16 @@ class ImageDiscriminator(Network):
         return self.head(F.leaky_relu(self.dense(h), 0.2), y)
 
 
+def kaiming(discriminator):
+    """Weights that keep the size of activations through LeakyReLUs: without norms they must."""
+    for module in discriminator.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            nn.init.kaiming_normal_(module.weight, a=0.2)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    return discriminator
+
+
 # ----------------------------------------------------------------------------------------- EMA
 
 
@@ -336,8 +342,8 @@ def velocity_network(cfg, shape):
 def discriminator(cfg, shape):
     """The discriminator for samples of `shape`."""
     if len(shape) == 1:
-        return PointDiscriminator(shape[0], cfg.disc_channels, cfg.num_classes)
-    return ImageDiscriminator(shape, cfg.disc_channels, cfg.patch_size, cfg.num_classes)
+        return kaiming(PointDiscriminator(shape[0], cfg.disc_channels, cfg.num_classes))
+    return kaiming(ImageDiscriminator(shape, cfg.disc_channels, cfg.patch_size, cfg.num_classes))
 
 
 def choose_device(cfg):

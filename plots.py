@@ -64,7 +64,8 @@ def grid(path, rows, columns=None, title=None):
                 if cell is None:
                     ax.axis("off")
                 elif points:
-                    draw_points(ax, cell, COLOURS[colour])
+                    last = columns and ax is line[-1] and columns[-1] == "data"
+                    draw_points(ax, cell, COLOURS["data" if last else colour])
                 else:
                     ax.imshow(as_image(cell), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         for ax, text in zip(axes[0], columns or []):

@@ -3,6 +3,8 @@
 Sampling goes from noise at t = 1 to data at t = 0; NFE counts the calls of the network.
 """
 
+import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +13,9 @@ from tqdm import tqdm
 
 import checkpoint
 import plots
-from config import Config, DATASETS, Parser, UserError, add_field_flags, make_config, run_script
+from config import DATASETS, Parser, UserError, add_field_flags, make_config, run_script
 from losses import expand, interpolate
-from model import choose_device, prepare, velocity_network
+from model import choose_device, copy_of, prepare, velocity_network
 
 BLOCK = 256                        # noise is drawn in blocks of this many samples
 
@@ -116,7 +118,9 @@ def strips(path, networks, shape, nfes, seed=0, device="cpu", solver="euler", da
         n = 4000 if len(shape) == 1 else columns
         cells = {k: draw(network, shape, n, k, seed, solver, device=device) for k in kinds}
         if len(shape) == 1:
-            rows.append((name, name, list(cells.values()) + ([data] if data is not None else [])))
+            rows.append((name, name, list(cells.values())))
+            if data is not None:                   # beside the first row alone
+                rows[-1][2].append(data if len(rows) == 1 else None)
         else:
             rows += [(f"{name}, {k} NFE", name, list(z)) for k, z in cells.items()]
     if len(shape) == 1:
@@ -143,3 +147,146 @@ def trajectory(path, networks, shape, nfe, seed=0, device="cpu", solver="euler",
     if len(shape) == 1:
         return plots.paths(path, rows, title)
     return plots.grid(path, rows, [f"t = {t:.2g}" for t, _, _ in steps], title)
+
+
+# ----------------------------------------------------------------------------------- networks
+
+
+def find_student(dataset=None):
+    """The newest student.pt below runs/ (of one data set, where named), else a newest resume state.
+
+    Raises UserError where there is none.
+    """
+    for name in ("student.pt", "student_resume.pt"):
+        found = sorted(Path("runs").glob(f"**/{name}"), key=lambda p: p.stat().st_mtime)
+        for path in reversed(found):
+            kinds = ("student", "student resume")
+            if dataset is None or checkpoint.load(path, kinds)["config"]["dataset"] == dataset:
+                return path
+    of = f" of {dataset}" if dataset else ""
+    raise UserError(f"there is no student{of} in runs/; train one with: python train.py"
+                    + (f" --dataset {dataset}" if dataset else "") + ", or name one by --checkpoint")
+
+
+def open_network(path, cfg):
+    """(network, checkpoint) of a teacher.pt, student.pt or resume state: its EMA, ready to sample.
+
+    cfg tells the machine's part alone (device, precision, threads); the file tells the rest.
+    """
+    content = checkpoint.load(path, ("teacher", "student", "teacher resume", "student resume"))
+    own = replace(checkpoint.config_of(content), **{
+        name: getattr(cfg, name) for name in ("device", "precision", "channels_last", "threads")})
+    device = choose_device(own)
+    network = velocity_network(own, content["shape"])
+    checkpoint.load_weights(network, content["ema"], path)
+    return prepare(copy_of(network), own, device), content
+
+
+def save_npz(path, samples):
+    """Raw samples in ADM's convention, `arr_0`: images uint8 (n, H, W, C), points float32 (n, 2)."""
+    if samples.ndim == 4:
+        samples = ((samples + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        samples = samples.permute(0, 2, 3, 1)
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "wb") as f:                # np.savez would append .npz to another name
+            np.savez(f, arr_0=samples.numpy())
+    except OSError as e:
+        raise UserError(f"could not write {path} ({e.strerror}); name another file") from e
+
+
+def parse(argv=None):
+    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    what = parser.add_argument_group("what is sampled")
+    what.add_argument("--checkpoint", metavar="FILE", help="student.pt, teacher.pt or a resume state "
+                      "[the newest student in runs/]")
+    what.add_argument("--dataset", choices=DATASETS, help="the newest student of this data set")
+    what.add_argument("--teacher", action=argparse.BooleanOptionalAction, help="sample the "
+                      "teacher.pt that lies beside the student; with --trajectory both are shown "
+                      "unless one is chosen by --teacher or --no-teacher")
+    how = parser.add_argument_group("how")
+    how.add_argument("--nfe", type=int, nargs="+", default=[4], metavar="N",
+                     help="number of function evaluations; several make a strip (Figure 5) [4]")
+    how.add_argument("--n", type=int, help="number of samples [64 images or 4000 points]")
+    how.add_argument("--seed", type=int, default=0, help="of the noise, the same at every NFE [0]")
+    how.add_argument("--solver", choices=("euler", "heun"), default="euler",
+                     help="heun is of second order and takes an odd NFE [euler]")
+    how.add_argument("--stochastic", action="store_true",
+                     help="predict z0, mix in fresh noise, repeat, as consistency models do")
+    how.add_argument("--batch", type=int, default=500, help="samples at a time [500]")
+    to = parser.add_argument_group("what is written")
+    to.add_argument("--trajectory", action="store_true", help="zt and z0-predictions along the path "
+                    "(Figure 4: --nfe 10; Figure 7: --nfe 4 --no-teacher)")
+    to.add_argument("--npz", metavar="FILE", help="raw samples, arr_0, instead of a picture")
+    to.add_argument("--out", metavar="FILE", help="the picture [samples/ beside the checkpoint]")
+    add_field_flags(parser, ("device", "precision", "channels_last", "threads"))
+    args = parser.parse_args(argv)
+    for flag, low in (("nfe", 1), ("n", 1), ("batch", 1), ("seed", 0)):
+        values = getattr(args, flag)
+        for value in values if isinstance(values, list) else [values]:
+            if value is not None and value < low:
+                raise UserError(f"--{flag} {value} makes no sense; it must be at least {low}")
+    if args.solver == "heun" and any(n % 2 == 0 for n in args.nfe):
+        raise UserError("--solver heun takes an odd --nfe: two calls a step, one in the last; "
+                        f"{min(n for n in args.nfe if n % 2 == 0)} is even")
+    if args.stochastic and args.solver == "heun":
+        raise UserError("--stochastic and --solver heun exclude each other; leave one out")
+    if (args.npz or args.trajectory) and len(args.nfe) > 1:
+        raise UserError("--npz and --trajectory take one --nfe; run them once for each")
+    if args.npz and args.trajectory:
+        raise UserError("--npz and --trajectory exclude each other; leave one out")
+    return args
+
+
+def main(argv=None):
+    args = parse(argv)
+    machine = {k: v for k, v in vars(args).items() if k in ("device", "precision", "channels_last",
+                                                            "threads")}
+    cfg, path = make_config(**machine), Path(args.checkpoint or find_student(args.dataset))
+    beside = path.with_name("teacher.pt")
+    wanted = [beside] if args.teacher else [path]
+    if args.trajectory and args.teacher is None and beside.exists() and beside != path:
+        wanted = [beside, path]
+    if args.checkpoint and args.dataset:
+        trained = checkpoint.load(path)["config"]["dataset"]
+        if trained != args.dataset:
+            raise UserError(f"{path} was trained on {trained}, not on {args.dataset}; "
+                            "leave --dataset out")
+
+    networks = []
+    for file in wanted:
+        network, content = open_network(file, cfg)
+        networks.append((content["kind"].split()[0], network))
+    name, network = networks[-1]
+    shape, dataset = tuple(content["shape"]), content["config"]["dataset"]
+    device = next(network.parameters()).device
+    solver = "stochastic" if args.stochastic else args.solver
+    points, nfes = len(shape) == 1, "-".join(map(str, args.nfe))
+    kind = "trajectory" if args.trajectory else name
+    suffix = "" if solver == "euler" else f"-{solver}"
+    out = args.out or path.parent / "samples" / f"{kind}-nfe{nfes}{suffix}-seed{args.seed}.png"
+
+    if args.npz:
+        samples = draw(network, shape, args.n or (50000 if points else 10000), args.nfe[0],
+                       args.seed, solver, args.batch, device, bar=True)
+        save_npz(args.npz, samples)
+        print(f"wrote {args.npz}: {len(samples)} samples of the {name} in {wanted[-1]}, "
+              f"{args.nfe[0]} NFE, {solver}")
+        return
+    title = f"{dataset}, {solver}, seed {args.seed}"
+    if args.trajectory:
+        trajectory(out, networks, shape, args.nfe[0], args.seed, device, solver, title)
+    elif len(args.nfe) > 1:
+        strips(out, [(name, network, None)], shape, args.nfe, args.seed, device, solver,
+               title=title, columns=args.n or 10)
+    else:
+        n = args.n or (4000 if points else 64)
+        z = draw(network, shape, n, args.nfe[0], args.seed, solver, args.batch, device)
+        rows = [("", name, [z])] if points else [("", name, list(z[i:i + 16]))
+                                                 for i in range(0, n, 16)]
+        plots.grid(out, rows, title=f"{name}, {args.nfe[0]} NFE\n{title}")
+    print(f"wrote {out}   from {', '.join(map(str, wanted))}")
+
+
+if __name__ == "__main__":
+    run_script(main)

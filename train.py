@@ -67,8 +67,9 @@ def scflow_step(net, z0, y, step, cfg, generator):
         net.opt_disc.zero_grad()
 
     # L = L_CD + l_GAN L_GAN + l_RF L_RF + l_BI L_BI
+    metric = cfg.metric, cfg.huber_c
     loss = terms["cd"] = consistency_loss(f_t, f_lo, z0, t, lo[1], cfg.t_trunc, cfg.truncation,
-                                          cfg.metric)
+                                          *metric)
     if "gan" in use:
         terms["gan"] = generator_loss(net.disc(x1[0], y))
         loss = loss + cfg.l_gan * terms["gan"]
@@ -77,7 +78,7 @@ def scflow_step(net, z0, y, step, cfg, generator):
         terms["rf"] = reflow_loss(z0_prediction(net.student, zr, t, y), x1[0])
         loss = loss + cfg.l_rf * terms["rf"]
     if "bi" in use:
-        terms["bi"] = bidirectional_loss(f_t, f_hi[0], cfg.metric)
+        terms["bi"] = bidirectional_loss(f_t, f_hi[0], *metric)
         loss = loss + cfg.l_bi * terms["bi"]
 
     # step theta (D takes no gradient here), then theta~ <- mu theta~ + (1 - mu) theta
@@ -112,7 +113,7 @@ def train(cfg):
                           disc=discriminator(cfg, dataset.shape))
     for network in vars(net).values():
         prepare(network, cfg, device)
-    options = dict(betas=(0.9, 0.999), weight_decay=0.0, fused=True)
+    options = dict(betas=(cfg.beta1, cfg.beta2), weight_decay=0.0, fused=True)
     net.opt = AdamW(net.student.parameters(), lr=cfg.lr, **options)
     net.opt_disc = AdamW(net.disc.parameters(), lr=cfg.disc_lr, **options)
 
