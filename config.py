@@ -202,7 +202,7 @@ def add_field_flags(parser, names=None):
         shown = f" [{default}{others}]" if default not in ("", False) or others else ""
         text = (comments[f.name] + shown).replace("%", "%%")
         if kind is bool:
-            groups[section].add_argument(flag(f.name), action=argparse.BooleanOptionalAction,
+            groups[section].add_argument(flag(f.name), action="store_true",
                                          default=argparse.SUPPRESS, help=text)
         else:
             metavar = None if "choices" in many else kind.__name__.upper()
@@ -212,7 +212,7 @@ def add_field_flags(parser, names=None):
 
 def parse_config(description, argv=None):
     """Command line -> (Config, the fields that were given on it)."""
-    parser = Parser(description=description, allow_abbrev=False)
+    parser = Parser(description=description, usage="%(prog)s [flags]", allow_abbrev=False)
     add_field_flags(parser)
     given = vars(parser.parse_args(argv))
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
