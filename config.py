@@ -35,7 +35,7 @@ class Config:
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 for images where it is fast
     channels_last: bool = False     # NHWC memory format (images only; measure it on your machine)
     compile: bool = False           # torch.compile the velocity networks (the discriminator never)
-    threads: int = 0                # CPU threads; 0 means 1 for points, all cores for images
+    threads: int = 0                # CPU threads; 0 means 2 at most for points, all cores for images
 
     # -- networks (an MLP for points, a UNet for images)
     channels: int = 128             # width of the MLP, channels of the UNet's finest level
@@ -58,25 +58,25 @@ class Config:
     # -- student: Algorithm 1
     losses: tuple[Literal["cd", "gan", "rf", "bi"], ...] = ("cd", "gan", "rf", "bi")  # in use
     steps: int = 4000               # iterations of distillation
-    batch_size: int = 512           # samples an iteration
+    batch_size: int = 256           # samples an iteration
     lr: float = 1e-3                # AdamW learning rate of the student
-    disc_lr: float = 1e-3           # AdamW learning rate of the discriminator
-    beta1: float = 0.9              # AdamW: memory of the gradient, student and discriminator
-    beta2: float = 0.999            # AdamW: memory of its square, student and discriminator
+    disc_lr: float = 2e-3           # AdamW learning rate of the discriminator
+    betas: tuple[float, ...] = (0.9, 0.999)  # the student's AdamW: memory of gradient and square
+    disc_betas: tuple[float, ...] = (0.9, 0.999)  # the discriminator's AdamW, the same two
     lr_final: float = 0.0           # all rates fall along a cosine to this fraction; 1 is constant
     lr_warmup: int = 100            # iterations in which the rates rise from zero
     t_trunc: float = 0.4            # truncation time of CD (Eq. 8); 0, plain CD, without the GAN
     t_skip: float = 0.1             # longest step of the teacher (Algorithm 2)
     truncation: Literal["landing", "current"] = "landing"  # t_trunc is held against t_lo, or t
     metric: Literal["pseudo-huber", "l2"] = "pseudo-huber"  # distance in CD and BI
-    huber_c: float = 0.01           # pseudo-Huber's c: quadratic below this difference
+    huber_c: float = 0.3            # pseudo-Huber's c: quadratic below this difference
     mu: float = 0.9                 # decay of theta~, the average that CD and BI aim at
     ema: float = 0.998              # decay of the average that is sampled from
-    l_gan: float = 1.0              # weight of the GAN loss (Eq. 7)
-    l_rf: float = 3.0               # weight of the reflow loss (Eq. 9)
+    l_gan: float = 4.0              # weight of the GAN loss (Eq. 7)
+    l_rf: float = 6.0               # weight of the reflow loss (Eq. 9)
     l_bi: float = 0.05              # weight of the bidirectional loss (Eq. 10)
     n_gan: int = 0                  # first iteration with the GAN
-    n_rf: int = 0                   # first iteration with reflow
+    n_rf: int = 1000                # first iteration with reflow
     n_bi: int = 0                   # first iteration with the bidirectional loss
     r1: float = 0.1                 # gamma of R1, (gamma / 2) E || grad D(z0) ||^2; 0 leaves it out
 
@@ -89,10 +89,10 @@ class Config:
 PRESETS = {
     "mnist": dict(
         channels=32, blocks=1, patch_size=2, time_scale=1000.0, disc_channels=32,
-        teacher_steps=3400, teacher_lr=1e-3, teacher_batch_size=128,
-        steps=1600, batch_size=64, lr=4e-4, disc_lr=1e-3, l_gan=0.3, l_rf=1.0, l_bi=0.1,
-        beta1=0.0, beta2=0.99,
-        save_every=200, preview_every=200,
+        teacher_steps=3000, teacher_lr=1e-3, teacher_batch_size=128,
+        steps=2400, batch_size=64, lr=4e-4, disc_lr=1e-3, disc_betas=(0.0, 0.99), ema=0.995,
+        huber_c=0.01, l_gan=0.2, l_rf=1.0, l_bi=0.1, n_rf=200, r1=0.5,
+        save_every=200, preview_every=400,
     ),
 }
 
@@ -134,16 +134,20 @@ def check(cfg):
                     "preview_every")
     not_negative = ("seed", "threads", "num_classes", "l_gan", "l_rf", "l_bi", "n_gan", "n_rf",
                     "n_bi", "r1", "lr_warmup")
-    fractions = ("t_trunc", "t_skip", "mu", "ema", "teacher_ema", "lr_final", "beta1", "beta2")
+    fractions = ("t_trunc", "t_skip", "mu", "ema", "teacher_ema", "lr_final")
     positive = ("teacher_lr", "lr", "disc_lr", "time_scale", "t_skip", "huber_c")
     rules = [(at_least_one, lambda x: x >= 1, "at least 1"),
              (not_negative, lambda x: x >= 0, "not negative"),
+             (("seed",), lambda x: x < 2**63, "below 2^63"),
              (fractions, lambda x: 0 <= x <= 1, "between 0 and 1"),
              (positive, lambda x: x > 0, "larger than 0")]
     for names, fits, wanted in rules:
         for name in names:
             if not fits(getattr(cfg, name)):
                 raise UserError(f"{flag(name)} {getattr(cfg, name)} makes no sense; it must be {wanted}")
+    for name in ("betas", "disc_betas"):
+        if len(getattr(cfg, name)) != 2 or not all(0 <= b < 1 for b in getattr(cfg, name)):
+            raise UserError(f"{flag(name)} takes two numbers from 0 to below 1, as 0.9 0.999")
     if "cd" not in cfg.losses:
         raise UserError("--losses must contain cd; the other three correct it and do not stand alone")
 
@@ -226,8 +230,8 @@ def run_script(main):
         sys.exit(main())
     except UserError as e:
         sys.exit(fail(script, e))
-    except KeyboardInterrupt:
-        print(f"\n{script}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as e:                 # training's own says how to go on
+        print(f"\n{script}: {str(e) or 'interrupted'}", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:                        # the reader of our output left (| head)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -335,6 +335,16 @@ def velocity_network(cfg, shape):
     """The velocity network for samples of `shape`: an MLP for (dim,), a UNet for (C, H, W)."""
     if len(shape) == 1:
         return MLP(shape[0], cfg.channels, cfg.blocks, cfg.time_scale, cfg.num_classes)
+    divisor = cfg.patch_size * 2 ** (len(cfg.mult) - 1)
+    widths = [m * cfg.channels for m in cfg.mult]
+    attended = {w for level, w in enumerate(widths) if level in cfg.attention} | {*widths[-1:]}
+    if not widths or min(widths) < 4 or any(w % 4 for w in widths) or any(
+            w % cfg.heads for w in attended):
+        raise UserError(f"--channels {cfg.channels} times each --mult must divide by 4, and by "
+                        f"--heads {cfg.heads} where there is attention")
+    if shape[1] % divisor or shape[2] % divisor:
+        raise UserError(f"images of {shape[1]} x {shape[2]} do not divide by {divisor}; choose "
+                        "another --patch-size, or fewer levels by --mult")
     return UNet(shape[0], cfg.channels, cfg.mult, cfg.blocks, cfg.attention, cfg.heads,
                 cfg.time_scale, cfg.patch_size, cfg.num_classes)
 
@@ -358,8 +368,8 @@ def choose_device(cfg):
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"this machine has no device {name!r}; --device cpu always works") from e
     points = cfg.dataset in POINT_SETS
-    # a small MLP gains nothing from a second thread: handing out the work costs more than it
-    torch.set_num_threads(cfg.threads or (1 if points else CORES))
+    # a small MLP gains nothing from many threads: handing out the work costs more than it
+    torch.set_num_threads(cfg.threads or (min(2, CORES) if points else CORES))
     return device
 
 

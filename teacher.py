@@ -46,6 +46,8 @@ def train_teacher(cfg):
 
     log = checkpoint.Log(folder / "teacher_log.csv", ("fm", "grad_norm"), cfg.log_every, start,
                          cfg.teacher_steps, cfg.teacher_batch_size, "teacher")
+    if cfg.overwrite and not cfg.resume:           # or --resume would take up the older student
+        (folder / "student_resume.pt").unlink(missing_ok=True)
     with checkpoint.Interrupt() as interrupt, log:
         save(start)
         for step in range(start, cfg.teacher_steps):
@@ -88,6 +90,8 @@ def find_or_train(cfg):
     a copy, so that it is whole. Raises UserError where another one stands in the run's folder.
     """
     own, common = run_dir(cfg) / "teacher.pt", Path("runs") / cfg.dataset / "teacher.pt"
+    if cfg.resume and own.exists() and own.with_name("student_resume.pt").exists():
+        return own                                 # the student has begun from this one
     if cfg.teacher_checkpoint:
         return adopt(Path(cfg.teacher_checkpoint), own, cfg)
     for path in dict.fromkeys([own, common]):
@@ -109,6 +113,7 @@ def adopt(path, own, cfg):
     if own.exists() and own.resolve() == path.resolve():
         return own
     content = checkpoint.load(path, "teacher")
+    load_teacher(path, cfg, content["shape"])      # raises where it does not fit, before the copy
     if own.exists() and not cfg.overwrite and not cfg.resume:
         there = checkpoint.config_of(checkpoint.load(own, "teacher"))
         if checkpoint.differences(there, checkpoint.config_of(content), TEACHER_FIELDS):
@@ -126,7 +131,8 @@ def load_teacher(path, cfg, shape):
     trained_on = content["config"]["dataset"]
     if tuple(content["shape"]) != tuple(shape) or trained_on != cfg.dataset:
         raise UserError(f"{path} was trained on {trained_on}, samples of shape "
-                        f"{tuple(content['shape'])}; this run has {cfg.dataset}, {tuple(shape)}")
+                        f"{tuple(content['shape'])}, and does not fit {cfg.dataset}; "
+                        "name a teacher of this data set")
     teacher = velocity_network(cfg, shape)
     checkpoint.load_weights(teacher, content["ema"], path)
     return copy_of(teacher)

@@ -113,9 +113,9 @@ def train(cfg):
                           disc=discriminator(cfg, dataset.shape))
     for network in vars(net).values():
         prepare(network, cfg, device)
-    options = dict(betas=(cfg.beta1, cfg.beta2), weight_decay=0.0, fused=True)
-    net.opt = AdamW(net.student.parameters(), lr=cfg.lr, **options)
-    net.opt_disc = AdamW(net.disc.parameters(), lr=cfg.disc_lr, **options)
+    net.opt = AdamW(net.student.parameters(), cfg.lr, cfg.betas, weight_decay=0.0, fused=True)
+    net.opt_disc = AdamW(net.disc.parameters(), cfg.disc_lr, cfg.disc_betas, weight_decay=0.0,
+                         fused=True)
 
     # all random draws of an iteration come from its own seed, so a step number is all that a
     # resumed run needs besides the weights and the optimisers
@@ -192,7 +192,7 @@ def main(argv=None):
     elif cfg.teacher_checkpoint:
         there = checkpoint.config_of(checkpoint.load(cfg.teacher_checkpoint, "teacher"))
         cfg = checkpoint.same_architecture(cfg, given, there, cfg.teacher_checkpoint)
-    known = (run_dir(cfg) / "student.pt").exists() and not cfg.overwrite
+    known = finished(cfg, run_dir(cfg))
     path = train(cfg)
     folder = path.parent
     what = "already finished" if known else "wrote"
