@@ -89,8 +89,8 @@ class Config:
 PRESETS = {
     "mnist": dict(
         channels=32, blocks=1, patch_size=2, time_scale=1000.0, disc_channels=32,
-        teacher_steps=3000, teacher_lr=1e-3, teacher_batch_size=128,
-        steps=2400, batch_size=64, lr=4e-4, disc_lr=1e-3, disc_betas=(0.0, 0.99), ema=0.995,
+        teacher_steps=2000, teacher_lr=1e-3, teacher_batch_size=128,
+        steps=1600, batch_size=64, lr=4e-4, disc_lr=1e-3, disc_betas=(0.0, 0.99), ema=0.995,
         huber_c=0.01, l_gan=0.2, l_rf=1.0, l_bi=0.1, n_rf=200, r1=0.5,
         save_every=200, preview_every=400,
     ),
