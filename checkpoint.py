@@ -126,7 +126,7 @@ def resumed(cfg, given, folder):
     there = config_of(load(found[0], ("student resume", "teacher resume")))
     free = (*CIRCUMSTANCES, "steps", "teacher_steps")
     if clash := differences(cfg, there, [name for name in given if name not in free]):
-        raise UserError(f"--resume goes on with the settings saved in {found[0]}, and these differ: "
+        raise UserError(f"--resume goes on with the settings saved in {found[0]}; these differ: "
                         f"{clash}; leave them out, or start anew with --overwrite or another --out")
     return replace(there, **{name: value for name, value in given.items() if name in free})
 
@@ -168,8 +168,8 @@ class Interrupted(KeyboardInterrupt):
     """A run stopped by Ctrl-C, its state saved; the message says how to go on."""
 
     def __init__(self, folder, cfg, step, steps):
-        super().__init__(f"stopped at step {step} of {steps} and saved; go on with the same command "
-                         f"and --resume (--dataset {cfg.dataset} --out {folder} --resume)")
+        super().__init__(f"stopped at step {step} of {steps} and saved; go on with the same "
+                         f"command and --resume (--dataset {cfg.dataset} --out {folder} --resume)")
 
 
 class Log:
@@ -219,9 +219,9 @@ class Log:
         for i, terms in enumerate(self.waiting):
             for name, value in zip(terms, torch.stack(list(terms.values())).tolist()):
                 if not math.isfinite(value):
-                    raise UserError(f"{name} became {value} at step {first + i}, so the run stopped; "
-                                    "what was saved before is kept. Lower the learning rate, or try "
-                                    "--precision fp32")
+                    raise UserError(f"{name} became {value} at step {first + i}, so the run "
+                                    "stopped; what was saved before is kept. Lower the learning "
+                                    "rate, or try --precision fp32")
                 found.setdefault(name, []).append(value)
         per_second = len(self.waiting) * self.batch_size / (time.perf_counter() - self.clock)
         row = {name: f"{sum(values) / len(values):.6g}" for name, values in found.items()}

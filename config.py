@@ -35,7 +35,7 @@ class Config:
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 for images where it is fast
     channels_last: bool = False     # NHWC memory format (images only; measure it on your machine)
     compile: bool = False           # torch.compile the velocity networks (the discriminator never)
-    threads: int = 0                # CPU threads; 0 means 2 at most for points, all cores for images
+    threads: int = 0                # CPU threads; 0: all cores for images, at most 2 for points
 
     # -- networks (an MLP for points, a UNet for images)
     channels: int = 128             # width of the MLP, channels of the UNet's finest level
@@ -81,7 +81,7 @@ class Config:
     r1: float = 0.1                 # gamma of R1, (gamma / 2) E || grad D(z0) ||^2; 0 leaves it out
 
     # -- what is written, and when
-    log_every: int = 50             # iterations a row of log.csv; finite losses are checked then too
+    log_every: int = 50             # iterations a row of log.csv; then losses are checked, too
     save_every: int = 1000          # iterations between two saved resume states
     preview_every: int = 1000       # iterations between two pictures of the EMA's samples
 
@@ -144,12 +144,13 @@ def check(cfg):
     for names, fits, wanted in rules:
         for name in names:
             if not fits(getattr(cfg, name)):
-                raise UserError(f"{flag(name)} {getattr(cfg, name)} makes no sense; it must be {wanted}")
+                raise UserError(f"{flag(name)} {getattr(cfg, name)} makes no sense; "
+                                f"it must be {wanted}")
     for name in ("betas", "disc_betas"):
         if len(getattr(cfg, name)) != 2 or not all(0 <= b < 1 for b in getattr(cfg, name)):
             raise UserError(f"{flag(name)} takes two numbers from 0 to below 1, as 0.9 0.999")
     if "cd" not in cfg.losses:
-        raise UserError("--losses must contain cd; the other three correct it and do not stand alone")
+        raise UserError("--losses must contain cd; the others correct it and do not stand alone")
 
 
 def flag(name):
@@ -182,7 +183,8 @@ class Parser(argparse.ArgumentParser):
         if unknown := re.match(r"unrecognized arguments: (--[\w-]+)", message):
             known = [o for action in self._actions for o in action.option_strings]
             near = difflib.get_close_matches(unknown[1], known, n=1)
-            message = f"there is no flag {unknown[1]}" + (f"; did you mean {near[0]}?" if near else ";")
+            message = f"there is no flag {unknown[1]}"
+            message += f"; did you mean {near[0]}?" if near else ";"
         self.exit(2, f"{self.prog}: {message} ({self.prog} --help lists the flags)\n")
 
 

@@ -88,7 +88,7 @@ def mnist(data_dir, train=True):
     there = (root / "MNIST" / "raw").is_dir()
     try:
         found = datasets.MNIST(root, train=train, download=True)
-    except Exception as e:                         # no network, a read-only folder, a server's error
+    except Exception as e:                         # no network, no right to write, a server's error
         what = "read" if there else "download"
         raise UserError(f"could not {what} MNIST ({first_line(e)}); {where}") from e
     if len(found.data) != (60000 if train else 10000):

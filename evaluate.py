@@ -5,6 +5,7 @@ classifier that is trained here with a fixed seed; its numbers compare only with
 """
 
 import json
+import statistics
 from pathlib import Path
 
 import torch
@@ -15,7 +16,8 @@ from tqdm import trange
 import checkpoint
 import data
 import sample
-from config import DATASETS, Parser, UserError, add_field_flags, make_config, run_script
+from config import (DATASETS, TEACHER_FIELDS, Parser, UserError, add_field_flags, make_config,
+                    run_script)
 
 
 # ----------------------------------------------------------------------------------- distances
@@ -115,7 +117,7 @@ def mnist_classifier(data_dir, folder=Path("runs/mnist"), epochs=2):
 
 @torch.no_grad()
 def mnist_features(net, z):
-    """Features (n, 64) of images (n, 1, 28, 28) in [-1, 1], seen as the 8 bits they are saved in."""
+    """Features (n, 64) of images (n, 1, 28, 28) in [-1, 1], seen in the 8 bits of a file."""
     bits = (((z + 1) * 127.5).round().clamp(0, 255) / 127.5 - 1).split(500)
     return torch.cat([net.features(x) for x in bits])
 
@@ -162,6 +164,17 @@ def measure(networks, reference, shape, n, seed=0, solver="euler", batch=500, de
     return rows
 
 
+def medians(rows):
+    """The medians of the rows over teachers, and over students, for each NFE."""
+    groups = {}
+    for row in rows:
+        role = "teacher" if row["network"].startswith("teacher") else "student"
+        groups.setdefault((role, row["nfe"]), []).append(row)
+    return [{"network": f"{role}, median of {len(group)}", "nfe": nfe,
+             **{k: statistics.median(r[k] for r in group) for k in ("distance", "spread")}}
+            for (role, nfe), group in groups.items()]
+
+
 def table(rows, floor):
     """The rows as aligned text: a line a network, "distance (spread)" for each NFE."""
     nfes = sorted({r["nfe"] for r in rows})
@@ -184,6 +197,8 @@ def main(argv=None):
     parser.add_argument("--nfe", type=int, nargs="+", default=[1, 2, 4, 8, 16], metavar="N")
     parser.add_argument("--n", type=int, help="samples [50000 points, 2000 images]")
     parser.add_argument("--seed", type=int, default=0, help="of the noise [0]")
+    parser.add_argument("--median", action="store_true", help="print the medians over the "
+                        "checkpoints, which are the same run with other seeds")
     parser.add_argument("--batch", type=int, default=500, help="samples at a time [500]")
     parser.add_argument("--out", metavar="FILE", help="the table as JSON [beside the checkpoint]")
     add_field_flags(parser, ("data_dir", "device", "precision", "channels_last", "threads"))
@@ -193,7 +208,7 @@ def main(argv=None):
             raise UserError(f"--{name} {getattr(args, name)} is too few; it must be at least 2")
     if min(args.nfe) < 1 or args.seed < 0:
         raise UserError("--nfe must be at least 1 and --seed not negative")
-    own = ("checkpoint", "dataset", "nfe", "n", "seed", "batch", "out")
+    own = ("checkpoint", "dataset", "nfe", "n", "seed", "median", "batch", "out")
     cfg = make_config(**{k: v for k, v in vars(args).items() if k not in own})
 
     paths = [Path(p) for p in args.checkpoint or [sample.find_student(args.dataset)]]
@@ -204,19 +219,28 @@ def main(argv=None):
                         "a table holds runs of one data set")
     (dataset,), shape = sets, tuple(opened[0][1]["shape"])
     n = args.n or (50_000 if len(shape) == 1 else 2_000)
-    beside, networks = paths[0].with_name("teacher.pt"), []
-    if beside.exists() and beside not in paths:
-        many = 100 if len(shape) == 1 else 50
-        networks.append(("teacher", sample.open_network(beside, cfg)[0], [*args.nfe, many]))
-    for path, (network, content) in zip(paths, opened):
-        name = content["kind"].split()[0] if len(paths) == 1 else str(path.parent)
-        networks.append((name, network, args.nfe))
     device = next(opened[0][0].parameters()).device
+
+    # the teacher beside each run, once where several runs share it
+    teachers, many = {}, 100 if len(shape) == 1 else 50
+    for path in paths:
+        beside = path.with_name("teacher.pt")
+        if beside.exists() and beside not in paths:
+            network, content = sample.open_network(beside, cfg)
+            settings = checkpoint.config_of(content)
+            key = tuple(getattr(settings, name) for name in TEACHER_FIELDS)
+            teachers.setdefault(key, (f"teacher of {path.parent.name}", network))
+    if len(teachers) == 1:
+        teachers = {key: ("teacher", network) for key, (_, network) in teachers.items()}
+    networks = [(name, network, [*args.nfe, many]) for name, network in teachers.values()]
+    for path, (network, content) in zip(paths, opened):
+        name = content["kind"].split()[0] if len(paths) == 1 else path.parent.name
+        networks.append((name, network, args.nfe))
 
     reference = Reference(dataset, n, args.data_dir if "data_dir" in args else cfg.data_dir)
     rows = measure(networks, reference, shape, n, args.seed, batch=args.batch, device=device)
     print(f"{dataset}: {reference.name}, Euler; in brackets std over the data's\n")
-    print(table(rows, reference.floor))
+    print(table(medians(rows) if args.median else rows, reference.floor))
     out = Path(args.out or paths[0].with_name("evaluation.json"))
     try:
         out.write_text(json.dumps({"dataset": dataset, "metric": reference.name, "seed": args.seed,

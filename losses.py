@@ -27,7 +27,7 @@ def z0_prediction(model, zt, t, y=None):
 
 
 def z0_predictions(model, pairs, y=None):
-    """f at several (z, t), each (B, ...) and (B,), as one batch: a tuple with an answer for each."""
+    """f at several (z, t), each (B, ...) and (B,), in one batch: a tuple, an answer for each."""
     z, t = (torch.cat(parts) for parts in zip(*pairs))
     y = y if y is None else y.repeat(len(pairs))
     return z0_prediction(model, z, t, y).chunk(len(pairs))
@@ -82,7 +82,7 @@ def bidirectional_loss(f_t, f_hi, metric="pseudo-huber", c=0.01):
 
 
 def reflow_loss(f_r, x1):
-    """|| x1 - f(zr, t) ||^2, zr = (1-t) x1 + t z1 (Eq. 9): straight lines to one-step samples x1."""
+    """|| x1 - f(zr, t) ||^2, zr = (1-t) x1 + t z1 (Eq. 9): straight lines to one-step x1."""
     return F.mse_loss(f_r, x1.detach())
 
 

@@ -223,7 +223,8 @@ class UNet(Network):
         for level, m in enumerate(mult):
             for _ in range(blocks):
                 out = m * channels
-                self.input_blocks.append(Stage([ResBlock(ch, emb_channels, out), *attend(level, out)]))
+                layers = [ResBlock(ch, emb_channels, out), *attend(level, out)]
+                self.input_blocks.append(Stage(layers))
                 ch = out
                 kept.append(ch)
             if level < len(mult) - 1:
@@ -390,7 +391,7 @@ def prepare(network, cfg, device):
 
 
 def fast_bf16(device):
-    """Whether the device multiplies bf16 matrices in hardware: recent NVIDIA GPUs, CPUs with AMX."""
+    """Whether the device multiplies bf16 matrices in hardware: NVIDIA from Ampere, AMX CPUs."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and getattr(torch.cpu, "_is_amx_tile_supported", bool)()

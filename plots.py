@@ -41,7 +41,7 @@ def draw_points(ax, z, colour):
 
 
 def grid(path, rows, columns=None, title=None):
-    """Cells in labelled rows, [(label, colour's name, [cell, ...]), ...]; a None cell stays empty."""
+    """Cells in labelled rows, [(label, colour's name, [cell, ...]), ...]; None stays empty."""
     points = next(c for _, _, cells in rows for c in cells if c is not None).ndim == 2
     width = max(len(cells) for _, _, cells in rows)
     side = 1.75 if points else min(0.78, 9.0 / width)

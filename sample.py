@@ -164,8 +164,9 @@ def find_student(dataset=None):
             if dataset is None or checkpoint.load(path, kinds)["config"]["dataset"] == dataset:
                 return path
     of = f" of {dataset}" if dataset else ""
-    raise UserError(f"there is no student{of} in runs/; train one with: python train.py"
-                    + (f" --dataset {dataset}" if dataset else "") + ", or name one by --checkpoint")
+    which = f" --dataset {dataset}" if dataset else ""
+    raise UserError(f"there is no student{of} in runs/; train one with: python train.py{which}, "
+                    "or name one by --checkpoint")
 
 
 def open_network(path, cfg):
@@ -183,7 +184,7 @@ def open_network(path, cfg):
 
 
 def save_npz(path, samples):
-    """Raw samples in ADM's convention, `arr_0`: images uint8 (n, H, W, C), points float32 (n, 2)."""
+    """Raw samples as ADM writes them, `arr_0`: images uint8 (n, H, W, C), points float32."""
     if samples.ndim == 4:
         samples = ((samples + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
         samples = samples.permute(0, 2, 3, 1)
@@ -198,8 +199,8 @@ def save_npz(path, samples):
 def parse(argv=None):
     parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     what = parser.add_argument_group("what is sampled")
-    what.add_argument("--checkpoint", metavar="FILE", help="student.pt, teacher.pt or a resume state "
-                      "[the newest student in runs/]")
+    what.add_argument("--checkpoint", metavar="FILE", help="student.pt, teacher.pt or a resume "
+                      "state [the newest student in runs/]")
     what.add_argument("--dataset", choices=DATASETS, help="the newest student of this data set")
     what.add_argument("--teacher", action=argparse.BooleanOptionalAction, help="sample the "
                       "teacher.pt that lies beside the student; with --trajectory both are shown "
@@ -215,8 +216,8 @@ def parse(argv=None):
                      help="predict z0, mix in fresh noise, repeat, as consistency models do")
     how.add_argument("--batch", type=int, default=500, help="samples at a time [500]")
     to = parser.add_argument_group("what is written")
-    to.add_argument("--trajectory", action="store_true", help="zt and z0-predictions along the path "
-                    "(Figure 4: --nfe 10; Figure 7: --nfe 4 --no-teacher)")
+    to.add_argument("--trajectory", action="store_true", help="zt and z0-predictions along the "
+                    "path (Figure 4: --nfe 10; Figure 7: --nfe 4 --no-teacher)")
     to.add_argument("--npz", metavar="FILE", help="raw samples, arr_0, instead of a picture")
     to.add_argument("--out", metavar="FILE", help="the picture [samples/ beside the checkpoint]")
     add_field_flags(parser, ("device", "precision", "channels_last", "threads"))

@@ -40,7 +40,7 @@ def train_teacher(cfg):
         start = state["step"]
 
     def save(step):
-        log.fetch()                                # so that a loss that is not finite is never saved
+        log.fetch()                                # so a loss that is not finite is never saved
         checkpoint.save(folder / "teacher_resume.pt", "teacher resume", cfg, dataset.shape, step,
                         **{name: part.state_dict() for name, part in states.items()})
 
@@ -84,7 +84,7 @@ def train_teacher(cfg):
 
 
 def find_or_train(cfg):
-    """The path of the run's teacher.pt: what --teacher-checkpoint names, what is there, or a new one.
+    """The path of the run's teacher.pt: the one named, the one that is there, or a new one.
 
     A teacher of the same settings in the run's folder or in runs/<dataset> is reused; the run gets
     a copy, so that it is whole. Raises UserError where another one stands in the run's folder.
@@ -105,7 +105,15 @@ def find_or_train(cfg):
             raise UserError(f"{own} was trained with other settings: {clash}; distil from it by "
                             f"--teacher-checkpoint {own}, replace it by --overwrite, or choose "
                             "another --out")
+    if not (cfg.resume or cfg.overwrite or own.exists()) and state_path(own).exists():
+        raise UserError(f"{own.parent} holds an unfinished teacher; --resume continues it, "
+                        "--overwrite starts anew, another --out keeps both")
     return train_teacher(cfg)
+
+
+def state_path(teacher):
+    """Where the resume state of a teacher.pt lies."""
+    return teacher.with_name("teacher_resume.pt")
 
 
 def adopt(path, own, cfg):
@@ -155,6 +163,9 @@ def main(argv=None):
     cfg, given = parse_config(__doc__.splitlines()[0], argv)
     if cfg.resume:
         cfg = checkpoint.resumed(cfg, given, run_dir(cfg))
+        if not state_path(run_dir(cfg) / "teacher.pt").exists():
+            raise UserError(f"the teacher in {run_dir(cfg)} was made elsewhere, so there is no "
+                            "state to resume it from; resume it in its own folder")
         path = train_teacher(cfg)
     else:
         path = find_or_train(cfg)

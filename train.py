@@ -127,7 +127,7 @@ def train(cfg):
         start = state["step"]
 
     def save(step):
-        log.fetch()                                # so that a loss that is not finite is never saved
+        log.fetch()                                # so a loss that is not finite is never saved
         checkpoint.save(folder / "student_resume.pt", "student resume", cfg, dataset.shape, step,
                         **{name: getattr(net, name).state_dict() for name in STATES})
 
@@ -154,10 +154,11 @@ def train(cfg):
     checkpoint.save(folder / "student.pt", "student", cfg, dataset.shape, cfg.steps,
                     ema=net.ema.state_dict())
     plots.losses(folder / "losses.png", log.curves(), f"SCFlow on {cfg.dataset}")
-    few, many = (1, 2, 4, 8, 16), (50,) if len(dataset.shape) > 1 else ()
-    sample.strips(folder / "samples.png", [("teacher", net.teacher, few[:4] + many if many else few),
-                                           ("student", net.ema, few[:4] if many else few)],
-                  dataset.shape, few, device=device, data=dataset.batch(4000, generator)[0].cpu())
+    points = len(dataset.shape) == 1
+    few, many = ((1, 2, 4, 8, 16),) * 2 if points else ((1, 2, 4, 8), (1, 2, 4, 8, 50))
+    networks = [("teacher", net.teacher, many), ("student", net.ema, few)]
+    real = dataset.batch(4000 if points else 10, generator)[0].cpu()
+    sample.strips(folder / "samples.png", networks, dataset.shape, few, device=device, data=real)
     return folder / "student.pt"
 
 
