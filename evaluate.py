@@ -6,6 +6,8 @@ classifier that is trained here with a fixed seed; its numbers compare only with
 
 import json
 import statistics
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,8 +18,10 @@ from tqdm import trange
 import checkpoint
 import data
 import sample
-from config import (DATASETS, TEACHER_FIELDS, Parser, UserError, add_field_flags, make_config,
-                    run_script)
+import train
+from config import (DATASETS, POINT_SETS, TEACHER_FIELDS, Parser, UserError, add_field_flags,
+                    make_config, run_script)
+from model import CORES, choose_device, copy_of, velocity_network
 
 
 # ----------------------------------------------------------------------------------- distances
@@ -131,8 +135,8 @@ class Reference:
             self.name = f"Frechet distance (classifier's features, {n:,} samples, test digits)"
             self.net, test = mnist_classifier(data_dir), scaled(data.mnist(data_dir, False)[0])
             self.data = mnist_features(self.net, test)
-            train = data.mnist(data_dir)[0]
-            other = scaled(train[torch.randperm(len(train), generator=generator)[:n]])
+            digits = data.mnist(data_dir)[0]
+            other = scaled(digits[torch.randperm(len(digits), generator=generator)[:n]])
             self.spread = spread(test)
         else:
             self.name = f"sliced W2 (x 1000, {n:,} points)"
@@ -189,6 +193,44 @@ def table(rows, floor):
         for i, line in enumerate(lines))
 
 
+# --------------------------------------------------------------------------------------- speed
+
+
+def speed(cfg, rounds=7):
+    """Prints the median seconds of a training iteration for each way to run it, taken in turns.
+
+    Random weights and noise for data, all losses in use: the time does not depend on them.
+    """
+    shape = (2,) if cfg.dataset in POINT_SETS else (1, 28, 28)
+    step = max(cfg.n_gan, cfg.n_rf, cfg.n_bi)
+    choices = [("fp32", False, False), ("bf16", False, False)]
+    if len(shape) == 3:
+        choices += [("fp32", True, False), ("bf16", True, False), ("bf16", False, True)]
+    ways = {}
+    for precision, channels_last, compiled in choices:
+        for threads in (1, CORES) if not compiled else (CORES,):
+            own = replace(cfg, precision=precision, channels_last=channels_last, compile=compiled,
+                          threads=threads)
+            device = choose_device(own)
+            name = f"{precision} {'NHWC' if channels_last else 'NCHW'} {threads} threads"
+            net = train.begin(copy_of(velocity_network(own, shape)), own, shape, device)
+            ways[name + (" compiled" if compiled else "")] = own, net, []
+    z0 = torch.randn(cfg.batch_size, *shape, device=device)
+    generator = torch.Generator(device)
+    for i in trange(rounds + 2, desc="rounds"):
+        for own, net, seconds in ways.values():
+            choose_device(own)                     # sets the number of threads
+            start = time.perf_counter()
+            train.scflow_step(net, z0, None, step, own, generator)["cd"].item()
+            if i >= 2:                             # the first two warm up (and compile)
+                seconds.append(time.perf_counter() - start)
+    times = {name: statistics.median(seconds) for name, (_, _, seconds) in ways.items()}
+    best = min(times.values())
+    print(f"{cfg.dataset}: one training iteration, batch {cfg.batch_size}, median of {rounds}\n")
+    for name, seconds in times.items():
+        print(f"{name:<24} {1000 * seconds:8.1f} ms   {seconds / best:5.2f} times the fastest")
+
+
 def main(argv=None):
     parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--checkpoint", nargs="+", metavar="FILE", help="students to measure, with "
@@ -202,13 +244,18 @@ def main(argv=None):
     parser.add_argument("--batch", type=int, default=500, help="samples at a time [500]")
     parser.add_argument("--out", metavar="FILE", help="the table as JSON [beside the checkpoint]")
     add_field_flags(parser, ("data_dir", "device", "precision", "channels_last", "threads"))
+    parser.add_argument("--speed", action="store_true", help="time a training iteration on this "
+                        "machine in several ways, and stop")
     args = parser.parse_args(argv)
+    if args.speed:
+        return speed(make_config(args.dataset or "mnist"))
     for name in ("n", "batch"):
         if getattr(args, name) is not None and getattr(args, name) < 2:
             raise UserError(f"--{name} {getattr(args, name)} is too few; it must be at least 2")
     if min(args.nfe) < 1 or args.seed < 0:
         raise UserError("--nfe must be at least 1 and --seed not negative")
-    own = ("checkpoint", "dataset", "nfe", "n", "seed", "median", "batch", "out")
+    own = ("checkpoint", "dataset", "nfe", "n", "seed", "median", "batch", "out",
+           "speed")
     cfg = make_config(**{k: v for k, v in vars(args).items() if k not in own})
 
     paths = [Path(p) for p in args.checkpoint or [sample.find_student(args.dataset)]]

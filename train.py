@@ -92,6 +92,19 @@ def scflow_step(net, z0, y, step, cfg, generator):
     return terms
 
 
+def begin(teacher, cfg, shape, device):
+    """All networks and optimisers of a run: theta, theta~ and the EMA start as the teacher phi."""
+    net = SimpleNamespace(teacher=teacher, student=copy_of(teacher).requires_grad_(True).train(),
+                          target=copy_of(teacher), ema=copy_of(teacher),
+                          disc=discriminator(cfg, shape))
+    for network in vars(net).values():
+        prepare(network, cfg, device)
+    net.opt = AdamW(net.student.parameters(), cfg.lr, cfg.betas, weight_decay=0.0, fused=True)
+    net.opt_disc = AdamW(net.disc.parameters(), cfg.disc_lr, cfg.disc_betas, weight_decay=0.0,
+                         fused=True)
+    return net
+
+
 TERMS = ("cd", "gan", "rf", "bi", "disc", "d_real", "d_fake", "r1", "grad_norm")
 STATES = ("student", "target", "ema", "disc", "opt", "opt_disc")
 
@@ -105,17 +118,8 @@ def train(cfg):
     device = choose_device(cfg)
     dataset = data.load(cfg, device)
 
-    # theta, theta~ and the average to sample from all start as the teacher phi
     torch.manual_seed(cfg.seed)
-    teacher = load_teacher(teacher_path, cfg, dataset.shape)
-    net = SimpleNamespace(teacher=teacher, student=copy_of(teacher).requires_grad_(True).train(),
-                          target=copy_of(teacher), ema=copy_of(teacher),
-                          disc=discriminator(cfg, dataset.shape))
-    for network in vars(net).values():
-        prepare(network, cfg, device)
-    net.opt = AdamW(net.student.parameters(), cfg.lr, cfg.betas, weight_decay=0.0, fused=True)
-    net.opt_disc = AdamW(net.disc.parameters(), cfg.disc_lr, cfg.disc_betas, weight_decay=0.0,
-                         fused=True)
+    net = begin(load_teacher(teacher_path, cfg, dataset.shape), cfg, dataset.shape, device)
 
     # all random draws of an iteration come from its own seed, so a step number is all that a
     # resumed run needs besides the weights and the optimisers
