@@ -29,7 +29,8 @@ def noise(shape, n, seed, start=0, stream=0):
     first, last = start // BLOCK, (start + n - 1) // BLOCK
     blocks = []
     for block in range(first, last + 1):
-        key = ((seed * 4099 + stream) * 1_000_003 + block) * 2_654_435_761 % 2**63
+        # the constant keeps these draws apart from those of training, see teacher.step_seed
+        key = (((seed * 4099 + stream) * 1_000_003 + block) * 2_654_435_761 + 0x5BD1E995) % 2**63
         blocks.append(torch.randn(BLOCK, *shape, generator=torch.Generator().manual_seed(key)))
     return torch.cat(blocks)[start - first * BLOCK :][:n]
 
@@ -56,7 +57,12 @@ def euler(model, z, nfe, y=None, path=None):
 
 @torch.no_grad()
 def heun(model, z, nfe, y=None, path=None):
-    """Heun's method, of second order: two calls a step, one in the last, so nfe = 2 steps - 1."""
+    """Heun's method, of second order: two calls a step, one in the last, so nfe = 2 steps - 1.
+
+    Raises ValueError for an even nfe, which no number of steps would spend.
+    """
+    if nfe % 2 == 0:
+        raise ValueError(f"Heun takes an odd number of calls, not {nfe}")
     steps = (nfe + 1) // 2
     for i in range(steps, 0, -1):
         t = torch.full((len(z),), i / steps, device=z.device)
