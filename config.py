@@ -69,11 +69,11 @@ class Config:
     t_skip: float = 0.1             # longest step of the teacher (Algorithm 2)
     truncation: Literal["landing", "current"] = "landing"  # t_trunc is held against t_lo, or t
     metric: Literal["pseudo-huber", "l2"] = "pseudo-huber"  # distance in CD and BI
-    huber_c: float = 0.3            # pseudo-Huber's c: quadratic below this difference
+    huber_c: float = 0.01           # pseudo-Huber's c: quadratic below this difference
     mu: float = 0.9                 # decay of theta~, the average that CD and BI aim at
     ema: float = 0.998              # decay of the average that is sampled from
-    l_gan: float = 4.0              # weight of the GAN loss (Eq. 7)
-    l_rf: float = 6.0               # weight of the reflow loss (Eq. 9)
+    l_gan: float = 2.0              # weight of the GAN loss (Eq. 7)
+    l_rf: float = 4.0               # weight of the reflow loss (Eq. 9)
     l_bi: float = 0.05              # weight of the bidirectional loss (Eq. 10)
     n_gan: int = 0                  # first iteration with the GAN
     n_rf: int = 1000                # first iteration with reflow
@@ -91,7 +91,7 @@ PRESETS = {
         channels=32, blocks=1, patch_size=2, time_scale=1000.0, disc_channels=32,
         teacher_steps=2000, teacher_lr=1e-3, teacher_batch_size=128,
         steps=1600, batch_size=64, lr=4e-4, disc_lr=1e-3, disc_betas=(0.0, 0.99), ema=0.995,
-        huber_c=0.01, l_gan=0.2, l_rf=1.0, l_bi=0.1, n_rf=200, r1=0.5,
+        l_gan=0.2, l_rf=1.0, l_bi=0.1, n_rf=200, r1=0.5,
         save_every=200, preview_every=400,
     ),
 }
