@@ -344,8 +344,8 @@ def velocity_network(cfg, shape):
         raise UserError(f"--channels {cfg.channels} times each --mult must divide by 4, and by "
                         f"--heads {cfg.heads} where there is attention")
     if any(not 0 <= level < len(widths) for level in cfg.attention):
-        raise UserError(f"--attention {' '.join(map(str, cfg.attention))} names a level that is not "
-                        f"there; --mult makes the levels 0 to {len(widths) - 1}")
+        raise UserError(f"--attention {' '.join(map(str, cfg.attention))} names a level that is "
+                        f"not there; --mult makes the levels 0 to {len(widths) - 1}")
     if shape[1] % divisor or shape[2] % divisor:
         raise UserError(f"images of {shape[1]} x {shape[2]} do not divide by {divisor}; choose "
                         "another --patch-size, or fewer levels by --mult")
