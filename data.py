@@ -63,6 +63,16 @@ class Points:
         return sample_points(self.name, n, generator), None
 
 
+def from_uint8(images):
+    """Pixels 0 ... 255 -> float32 in [-1, 1], of any shape."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(z):
+    """float32 in [-1, 1], cut off beyond, -> pixels 0 ... 255, of any shape."""
+    return ((z + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
 class Images:
     """Images held in memory as uint8 (N, C, H, W), given out as float32 in [-1, 1]."""
 
@@ -72,7 +82,7 @@ class Images:
 
     def batch(self, n, generator):
         i = torch.randint(self.size, (n,), generator=generator, device=self.images.device)
-        return self.images[i].float() / 127.5 - 1, None
+        return from_uint8(self.images[i]), None
 
 
 def mnist(data_dir, train=True):

@@ -82,11 +82,6 @@ class Classifier(nn.Module):
         return self.last(self.features(x))
 
 
-def scaled(images):
-    """uint8 (n, C, H, W) -> float32 in [-1, 1]."""
-    return images.float() / 127.5 - 1
-
-
 def mnist_classifier(data_dir, folder=Path("runs/mnist"), epochs=2):
     """The classifier, trained once with a fixed seed (about a minute) and kept in `folder`."""
     path = checkpoint.make_folder(folder) / "classifier.pt"
@@ -104,7 +99,7 @@ def mnist_classifier(data_dir, folder=Path("runs/mnist"), epochs=2):
     order = torch.cat([torch.randperm(len(images), generator=generator) for _ in range(epochs)])
     for i in trange(steps, desc="classifier for the features"):
         chosen = order[i * batch:][:batch]
-        loss = F.cross_entropy(net(scaled(images[chosen])), labels[chosen])
+        loss = F.cross_entropy(net(data.from_uint8(images[chosen])), labels[chosen])
         opt.zero_grad()
         loss.backward()
         opt.step()
@@ -112,7 +107,7 @@ def mnist_classifier(data_dir, folder=Path("runs/mnist"), epochs=2):
     net.eval()
     held, answers = data.mnist(data_dir, train=False)
     with torch.no_grad():
-        right = torch.cat([net(scaled(x)).argmax(1) for x in held.split(500)]) == answers
+        right = torch.cat([net(data.from_uint8(x)).argmax(1) for x in held.split(500)]) == answers
     print(f"classifier: {100 * right.float().mean():.2f} % of the test digits right")
     checkpoint.save(path, "classifier", make_config("mnist"), (1, 28, 28), steps,
                     net=net.state_dict())
@@ -122,7 +117,7 @@ def mnist_classifier(data_dir, folder=Path("runs/mnist"), epochs=2):
 @torch.no_grad()
 def mnist_features(net, z):
     """Features (n, 64) of images (n, 1, 28, 28) in [-1, 1], seen in the 8 bits of a file."""
-    bits = (((z + 1) * 127.5).round().clamp(0, 255) / 127.5 - 1).split(500)
+    bits = data.from_uint8(data.to_uint8(z)).split(500)
     return torch.cat([net.features(x) for x in bits])
 
 
@@ -133,10 +128,11 @@ class Reference:
         generator = torch.Generator().manual_seed(20_000)
         if dataset == "mnist":
             self.name = f"Frechet distance (classifier's features, {n:,} samples, test digits)"
-            self.net, test = mnist_classifier(data_dir), scaled(data.mnist(data_dir, False)[0])
+            self.net = mnist_classifier(data_dir)
+            test = data.from_uint8(data.mnist(data_dir, False)[0])
             self.data = mnist_features(self.net, test)
             digits = data.mnist(data_dir)[0]
-            other = scaled(digits[torch.randperm(len(digits), generator=generator)[:n]])
+            other = data.from_uint8(digits[torch.randperm(len(digits), generator=generator)[:n]])
             self.spread = spread(test)
         else:
             self.name = f"sliced W2 (x 1000, {n:,} points)"

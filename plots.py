@@ -89,7 +89,6 @@ def paths(path, rows, title=None):
                 draw_points(ax, end, "#cccccc")
                 track = np.stack([step[which][:shown].float().cpu().numpy() for step in steps])
                 ax.plot(track[:, :, 0], track[:, :, 1], c=COLOURS[colour], alpha=0.45, lw=0.7)
-                first = track[0] if which == 1 else track[-1]
                 ax.scatter(*track[0].T, s=9, facecolors="none", edgecolors="#333333", lw=0.6,
                            label="noise z1" if which == 1 else "first prediction, f(z1, 1)")
                 ax.scatter(*track[-1].T, s=8, c=COLOURS[colour], lw=0, label="sample", zorder=3)

@@ -14,6 +14,7 @@ from tqdm import tqdm
 import checkpoint
 import plots
 from config import DATASETS, Parser, UserError, add_field_flags, make_config, run_script
+from data import to_uint8
 from losses import expand, interpolate
 from model import choose_device, copy_of, prepare, velocity_network
 
@@ -192,8 +193,7 @@ def open_network(path, cfg):
 def save_npz(path, samples):
     """Raw samples as ADM writes them, `arr_0`: images uint8 (n, H, W, C), points float32."""
     if samples.ndim == 4:
-        samples = ((samples + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-        samples = samples.permute(0, 2, 3, 1)
+        samples = to_uint8(samples).permute(0, 2, 3, 1)
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with open(path, "wb") as f:                # np.savez would append .npz to another name

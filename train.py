@@ -4,7 +4,7 @@ phi is the teacher, theta the student, theta~ the moving average of theta that C
 second, slower average is the one that is sampled from. Where there is no teacher, one is trained.
 """
 
-from dataclasses import fields, replace
+from dataclasses import fields
 from types import SimpleNamespace
 
 import torch
@@ -18,7 +18,7 @@ from config import CIRCUMSTANCES, Config, UserError, parse_config, run_dir, run_
 from losses import (bidirectional_loss, consistency_loss, discriminator_loss, expand,
                     generator_loss, interpolate, r1_penalty, reflow_loss, time_skip,
                     z0_prediction, z0_predictions)
-from model import choose_device, copy_of, discriminator, ema_update, prepare, velocity_network
+from model import choose_device, copy_of, discriminator, ema_update, prepare
 from teacher import find_or_train, load_teacher, set_rates, step_seed
 
 
