@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from config import ARCHITECTURE, CIRCUMSTANCES, Config, UserError, flag
+import parallel
+from config import ARCHITECTURE, CIRCUMSTANCES, Config, UserError, flag, make_config
 
 VERSION = 1
 
@@ -30,11 +31,14 @@ VERSION = 1
 def save(path, kind, cfg, shape, step, **states):
     """Writes a checkpoint to a temporary file, then renames it: a kill leaves the old or the new.
 
-    Raises UserError where the file cannot be written (no right to, disk full); the old one stays.
+    Of several processes the first writes, and all wait. Raises UserError where the file cannot be
+    written (no right to, disk full); the old one stays.
     """
     path = Path(path)
     content = {"scflow": VERSION, "kind": kind, "config": asdict(cfg), "shape": tuple(shape),
                "step": step, **states}
+    if not parallel.FIRST:
+        return parallel.wait()
     part = path.with_name(path.name + ".part")
     try:
         with open(part, "wb") as f:
@@ -45,6 +49,7 @@ def save(path, kind, cfg, shape, step, **states):
     except (OSError, RuntimeError) as e:           # torch.save turns a full disk into RuntimeError
         part.unlink(missing_ok=True)
         raise UserError(f"could not write {path} ({e}); what was saved before is untouched") from e
+    parallel.wait()
 
 
 def load(path, kind=None, device="cpu"):
@@ -62,6 +67,8 @@ def load(path, kind=None, device="cpu"):
     except Exception as e:                         # other bytes make the unpickler raise anything
         raise UserError(f"{path} cannot be read as a checkpoint: it is cut short, damaged, or not "
                         "a file that torch.save wrote; train again, or name another") from e
+    if isinstance(content, dict) and "scflow" not in content:
+        content = official(content) or content
     if not isinstance(content, dict) or "scflow" not in content:
         raise UserError(f"{path} is not a checkpoint of this project (it does not say so); "
                         "name a teacher.pt or student.pt that teacher.py or train.py wrote")
@@ -72,6 +79,23 @@ def load(path, kind=None, device="cpu"):
     if kinds and content["kind"] not in kinds:
         raise UserError(f"{path} holds a {content['kind']}, where a {' or '.join(kinds)} is wanted")
     return content
+
+
+def official(content):
+    """A checkpoint of the official code or of LFM as one of ours, or None where it is neither.
+
+    The teacher, model_480.pth, is a bare state dict, its keys with or without "module."; a student,
+    model_N.pth, is {"model": ..., "ema_model": ...}, and the average is the one to sample from.
+    """
+    weights = content.get("ema_model", content)
+    if not isinstance(weights, dict):
+        return None
+    weights = {key.removeprefix("module."): value for key, value in weights.items()}
+    if "input_blocks.0.0.weight" not in weights:
+        return None
+    cfg = make_config("celebahq", preset="official")
+    return {"scflow": VERSION, "kind": "student" if "ema_model" in content else "teacher",
+            "config": asdict(cfg), "shape": (4, 32, 32), "step": 0, "ema": weights}
 
 
 def load_weights(network, weights, path):
@@ -103,7 +127,8 @@ def differences(a, b, names):
 
 def same_architecture(cfg, given, other, path):
     """cfg with the network of another Config; UserError where a given flag says otherwise."""
-    clash = differences(cfg, other, [n for n in ARCHITECTURE if n in given])
+    named = ARCHITECTURE if "model" in given else [n for n in ARCHITECTURE if n in given]
+    clash = differences(cfg, other, named)
     if clash:
         raise UserError(f"{path} holds a network of another architecture: {clash}; "
                         "leave these flags out, or name another checkpoint")
@@ -154,6 +179,12 @@ class Interrupt:
                 pass
         return self
 
+    def now(self, step, every, device):
+        """Whether to stop after this step; several processes agree on it every `every` steps."""
+        if parallel.WORLD == 1:
+            return self.asked
+        return step % every == 0 and parallel.any_of(self.asked, device)
+
     def ask(self, number, frame):
         if self.asked:
             raise KeyboardInterrupt
@@ -190,7 +221,7 @@ class Log:
                         mininterval=0.5 if sys.stderr.isatty() else 30)
 
     def __enter__(self):
-        self.file = open(self.path, "w", newline="")
+        self.file = open(self.path if parallel.FIRST else os.devnull, "w", newline="")
         names = ["step", *self.columns, "per_second"]
         self.writer = csv.DictWriter(self.file, names, restval="", lineterminator="\n")
         self.writer.writeheader()
@@ -217,7 +248,8 @@ class Log:
             return
         first, found = self.step - len(self.waiting) + 1, {}
         for i, terms in enumerate(self.waiting):
-            for name, value in zip(terms, torch.stack(list(terms.values())).tolist()):
+            values = parallel.mean(torch.stack(list(terms.values())))
+            for name, value in zip(terms, values.tolist()):
                 if not math.isfinite(value):
                     raise UserError(f"{name} became {value} at step {first + i}, so the run "
                                     "stopped; what was saved before is kept. Lower the learning "

@@ -12,19 +12,23 @@ import re
 import signal
 import sys
 import typing
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
+import parallel
+
 POINT_SETS = ("8gaussians", "moons", "checkerboard", "spirals")
-DATASETS = (*POINT_SETS, "mnist", "celebahq")
+LATENT_SETS = ("celebahq", "folder")                   # images that an autoencoder encodes first
+DATASETS = (*POINT_SETS, "mnist", *LATENT_SETS)
 
 
 @dataclass(frozen=True)
 class Config:
     # -- the run
-    dataset: Literal[DATASETS] = "checkerboard"  # what to learn
-    data_dir: str = "data"          # folder that holds the images, or that they are downloaded to
+    dataset: Literal[DATASETS] = "checkerboard"  # what to learn; folder: any images of your own
+    data_dir: str = "data"          # folder (or .zip) of the images, or where they are downloaded
+    download: bool = False          # celebahq: fetch its 3 GB of parquet files into the folder
     out: str = ""                   # folder of the run; empty means runs/<dataset>
     seed: int = 0                   # of weights, data and noise; step i draws from (seed, i) alone
     resume: bool = False            # continue the run in the folder, with the settings saved there
@@ -36,8 +40,18 @@ class Config:
     channels_last: bool = False     # NHWC memory format (images only; measure it on your machine)
     compile: bool = False           # torch.compile the velocity networks (the discriminator never)
     threads: int = 0                # CPU threads; 0: all cores for images, at most 2 for points
+    grad_accum: int = 1             # UNet: pieces of a batch, one in memory at a time; same result
+    checkpointing: bool = False     # UNet: less memory, activations are computed a second time
+
+    # -- images and their latents
+    image_size: int = 256           # centre crop and Lanczos resize to this many pixels a side
+    vae: Literal["sd", "taesd", "taef2"] = "sd"  # autoencoder; taesd: sd's latents, far smaller
+    vae_weights: tuple[str, ...] = ()  # its file; tiny ones: encoder, decoder; empty: downloaded
+    latents_dir: str = "latents"    # folder for the encoded latents, which several runs may share
 
     # -- networks (an MLP for points, a UNet for images)
+    model: Literal["", "paper", "small", "tiny"] = ""  # latents: 153, 15 or 1 M parameters
+    preset: Literal["", "paper", "official"] = ""  # latents: the paper's choices, or its code's
     channels: int = 128             # width of the MLP, channels of the UNet's finest level
     mult: tuple[int, ...] = (1, 2)  # UNet: channel multiplier of each level, finest first
     blocks: int = 3                 # hidden layers of the MLP, residual blocks a level of the UNet
@@ -96,18 +110,58 @@ PRESETS = {
     ),
 }
 
+# The paper's experiment, CelebA-HQ 256. What the paper leaves open is taken from the official code
+# and marked (o); both agree on the rest.
+LATENTS = dict(
+    batch_size=32, steps=168_750,                      # 200 epochs of 27,000; batch (o)
+    lr=1e-5, disc_lr=1e-5, betas=(0.9, 0.999), disc_betas=(0.9, 0.999),  # AdamW (o)
+    lr_final=1.0, lr_warmup=0, ema=0.9999,             # constant rates, an EMA to sample from (o)
+    t_trunc=0.4, t_skip=0.1, mu=0.9, truncation="current", metric="l2",
+    l_gan=0.1, l_rf=0.1, l_bi=0.1, n_gan=0, n_rf=1000, n_bi=1000, r1=1.0,  # R1 (o)
+    teacher_steps=120_500, teacher_lr=2e-5, teacher_batch_size=112, teacher_ema=0.9999,
+    save_every=1000, preview_every=5000,
+)
+PRESETS["celebahq"] = LATENTS | dict(data_dir="data/celebahq")
+PRESETS["folder"] = LATENTS | dict(data_dir="")
+
+# the official code where it differs; its warm-ups are `iter > N`
+OFFICIAL = dict(metric="pseudo-huber", huber_c=0.01, truncation="landing", lr=2e-5, disc_lr=1e-4,
+                n_gan=1, n_rf=1001, n_bi=1001)
+
+# networks for latents, and how fast each may learn where it is not the paper's
+MODELS = {
+    "paper": dict(channels=256, mult=(1, 2, 2, 2), blocks=2, attention=(3,), heads=4,
+                  time_scale=1.0, disc_channels=128),
+    "small": dict(channels=80, mult=(1, 2, 2, 2), blocks=2, attention=(2, 3), heads=4,
+                  time_scale=1000.0, disc_channels=64,
+                  teacher_steps=60_000, teacher_lr=2e-4, teacher_batch_size=64, lr_final=0.0,
+                  lr_warmup=500, steps=20_000, lr=5e-5, disc_lr=2e-4, disc_betas=(0.0, 0.99)),
+    "tiny": dict(channels=48, mult=(1, 2), blocks=1, attention=(1,), heads=4, patch_size=2,
+                 time_scale=1000.0, disc_channels=32,
+                 teacher_steps=3000, teacher_lr=1e-3, teacher_batch_size=64, teacher_ema=0.998,
+                 lr_final=0.0, lr_warmup=100, steps=1200, batch_size=32, lr=2e-4, disc_lr=5e-4,
+                 disc_betas=(0.0, 0.99), ema=0.995, metric="pseudo-huber", truncation="landing",
+                 l_gan=0.1, l_rf=1.0, n_rf=200, n_bi=0, save_every=200, preview_every=400),
+}
+
 # a teacher made with the same values of these is the same teacher
 TEACHER_FIELDS = (
-    "dataset", "seed", "channels", "mult", "blocks", "attention", "heads", "time_scale",
-    "patch_size", "num_classes", "teacher_steps", "teacher_lr", "teacher_batch_size",
+    "dataset", "image_size", "vae", "seed", "channels", "mult", "blocks", "attention", "heads",
+    "time_scale", "patch_size", "num_classes", "teacher_steps", "teacher_lr", "teacher_batch_size",
     "teacher_ema", "lr_final", "lr_warmup",
 )
 ARCHITECTURE = ("channels", "mult", "blocks", "attention", "heads", "time_scale", "patch_size",
                 "num_classes")
 # these say where and how a run happens, not what comes out of it
-CIRCUMSTANCES = ("data_dir", "out", "resume", "overwrite", "device", "precision", "channels_last",
-                 "compile", "threads", "teacher_checkpoint", "log_every", "save_every",
-                 "preview_every")
+CIRCUMSTANCES = ("data_dir", "download", "out", "resume", "overwrite", "device", "precision",
+                 "channels_last", "compile", "threads", "grad_accum", "checkpointing",
+                 "vae_weights", "latents_dir", "model", "preset", "teacher_checkpoint",
+                 "log_every", "save_every", "preview_every")
+
+
+def teacher_fields(cfg):
+    """TEACHER_FIELDS, and for images of the user's own also where they lie."""
+    return TEACHER_FIELDS + (("data_dir",) if cfg.dataset in LATENT_SETS else ())
 
 
 class UserError(Exception):
@@ -115,14 +169,26 @@ class UserError(Exception):
 
 
 def make_config(dataset=Config.dataset, **given):
-    """Settings of a data set: the defaults, its preset, then what is given; checked.
+    """Settings of a data set: the defaults, its preset, its model, then what is given; checked.
 
     Without the GAN there is no truncation either (the paper's ladder), unless t_trunc is given.
     Raises UserError for a value that makes no sense.
     """
-    cfg = Config(**{"dataset": dataset, **PRESETS.get(dataset, {}), **given})
+    settings = {"dataset": dataset, **PRESETS.get(dataset, {})}
+    if dataset in LATENT_SETS:
+        settings |= dict(model=given.get("model") or "paper", preset=given.get("preset") or "paper")
+        settings |= MODELS[settings["model"]]
+        settings |= OFFICIAL if settings["preset"] == "official" else {}
+    elif given.get("model") or given.get("preset"):
+        raise UserError(f"--model and --preset are for {' and '.join(LATENT_SETS)}; {dataset} has "
+                        "one preset of its own")
+    cfg = Config(**{**settings, **{k: v for k, v in given.items() if k not in ("model", "preset")}})
     if "gan" not in cfg.losses and "t_trunc" not in given:
-        cfg = Config(**{**asdict(cfg), "t_trunc": 0.0})
+        cfg = replace(cfg, t_trunc=0.0)
+    if dataset in LATENT_SETS:                         # a checkpoint finds these from anywhere
+        where = str(Path(cfg.data_dir).resolve()) if cfg.data_dir else ""
+        files = tuple(str(Path(f).resolve()) for f in cfg.vae_weights)
+        cfg = replace(cfg, data_dir=where, vae_weights=files)
     check(cfg)
     return cfg
 
@@ -130,8 +196,8 @@ def make_config(dataset=Config.dataset, **given):
 def check(cfg):
     """Raises UserError where a value is out of its range; the sentence names the flag."""
     at_least_one = ("channels", "blocks", "heads", "patch_size", "disc_channels", "teacher_steps",
-                    "teacher_batch_size", "steps", "batch_size", "log_every", "save_every",
-                    "preview_every")
+                    "teacher_batch_size", "steps", "batch_size", "grad_accum", "image_size",
+                    "log_every", "save_every", "preview_every")
     not_negative = ("seed", "threads", "num_classes", "l_gan", "l_rf", "l_bi", "n_gan", "n_rf",
                     "n_bi", "r1", "lr_warmup")
     fractions = ("t_trunc", "t_skip", "mu", "ema", "teacher_ema", "lr_final")
@@ -149,6 +215,9 @@ def check(cfg):
     for name in ("betas", "disc_betas"):
         if len(getattr(cfg, name)) != 2 or not all(0 <= b < 1 for b in getattr(cfg, name)):
             raise UserError(f"{flag(name)} takes two numbers from 0 to below 1, as 0.9 0.999")
+    if cfg.image_size % 8:
+        raise UserError(f"--image-size {cfg.image_size} does not divide by 8, which the "
+                        "autoencoders need")
     if "cd" not in cfg.losses:
         raise UserError("--losses must contain cd; the others correct it and do not stand alone")
 
@@ -229,7 +298,9 @@ def run_script(main):
     """Runs a script's main(): a UserError is one sentence and exit code 2, Ctrl-C code 130."""
     script = Path(sys.argv[0]).name
     try:
-        sys.exit(main())
+        result = main()
+        parallel.leave()
+        sys.exit(result)
     except UserError as e:
         sys.exit(fail(script, e))
     except KeyboardInterrupt as e:                 # training's own says how to go on
@@ -241,5 +312,6 @@ def run_script(main):
 
 
 def fail(script, error):
-    print(f"{script}: {error}", file=sys.stderr)
+    if parallel.FIRST:                             # of several processes, one tells it
+        print(f"{script}: {error}", file=sys.stderr)
     return 2

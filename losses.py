@@ -44,13 +44,12 @@ def flow_matching_loss(v, z0, z1):
 # --------------------------------------------------------------------------------- regressions
 
 
-def time_skip(t, t_skip, generator=None):
-    """Step sizes d_s (down) and d_k (up) for each t (B,), two independent draws (Algorithm 2).
+def time_skip(t, u_s, u_k, t_skip):
+    """Step sizes d_s (down), d_k (up) for each t, from two uniform draws, all (B,) (Algorithm 2).
 
     d_s = U(0,1) min(t, t_skip) and d_k = U(0,1) min(1 - t, t_skip), so t - d_s >= 0, t + d_k <= 1.
     """
-    u = torch.rand(2, len(t), generator=generator, device=t.device)
-    return u[0] * t.clamp(max=t_skip), u[1] * (1 - t).clamp(max=t_skip)
+    return u_s * t.clamp(max=t_skip), u_k * (1 - t).clamp(max=t_skip)
 
 
 def distance(a, b, metric="pseudo-huber", c=0.01):

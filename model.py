@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
+import parallel
 from config import POINT_SETS, UserError
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -30,13 +32,29 @@ def time_features(t, dim, time_scale=1.0):
 
 
 class Network(nn.Module):
-    """A network that `prepare` may set to compute in bf16; its answer is float32 all the same."""
+    """A network that `prepare` may set to compute in bf16 or to save memory; it answers float32.
 
-    bf16 = False
+    With `pieces` > 1 a batch goes through in that many pieces, each computed a second time in the
+    backward pass, so that only one piece's activations are in memory: gradient accumulation that
+    leaves the method, and its result, as they are.
+    """
+
+    bf16, pieces, checkpointing = False, 1, False
 
     def __call__(self, z, *args):
         with torch.autocast(z.device.type, torch.bfloat16, enabled=self.bf16):
-            return super().__call__(z, *args).float()
+            if self.pieces == 1:
+                return super().__call__(z, *args).float()
+            split = [x if x is None else x.chunk(self.pieces) for x in (z, *args)]
+            return torch.cat([self.again(super().__call__, *(x if x is None else x[i]
+                                                             for x in split)).float()
+                              for i in range(len(split[0]))])
+
+    def again(self, function, *args):
+        """function(*args), computed again in the backward pass instead of kept in memory."""
+        if not torch.is_grad_enabled():
+            return function(*args)
+        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 class LabelEmbedding(nn.Embedding):
@@ -262,12 +280,16 @@ class UNet(Network):
 
         kept = []
         for stage in self.input_blocks:
-            h = stage(h, emb)
+            h = self.run(stage, h, emb)
             kept.append(h)
-        h = self.middle_block(h, emb)
+        h = self.run(self.middle_block, h, emb)
         for stage in self.output_blocks:
-            h = stage(torch.cat([h, kept.pop()], dim=1), emb)
+            h = self.run(stage, torch.cat([h, kept.pop()], dim=1), emb)
         return rearrange(self.out(h), "b (c p q) h w -> b c (h p) (w q)", p=p, q=p)
+
+
+    def run(self, stage, h, emb):
+        return self.again(stage, h, emb) if self.checkpointing else stage(h, emb)
 
 
 class DownBlock(nn.Module):
@@ -366,11 +388,15 @@ def choose_device(cfg):
     if name == "auto":
         mps = torch.backends.mps.is_available()
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if name == "cuda" and parallel.WORLD > 1:
+        name = f"cuda:{parallel.LOCAL_RANK}"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"this machine has no device {name!r}; --device cpu always works") from e
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     points = cfg.dataset in POINT_SETS
     # a small MLP gains nothing from many threads: handing out the work costs more than it
     torch.set_num_threads(cfg.threads or (min(2, CORES) if points else CORES))
@@ -386,6 +412,8 @@ def prepare(network, cfg, device):
     network.to(device)
     if cfg.channels_last and not points:
         network.to(memory_format=torch.channels_last)
+    if isinstance(network, UNet):
+        network.pieces, network.checkpointing = cfg.grad_accum, cfg.checkpointing
     if cfg.compile and isinstance(network, (MLP, UNet)):
         network.compile()
     auto = cfg.precision == "auto" and not points and fast_bf16(device)

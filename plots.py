@@ -44,7 +44,9 @@ def grid(path, rows, columns=None, title=None):
     """Cells in labelled rows, [(label, colour's name, [cell, ...]), ...]; None stays empty."""
     points = next(c for _, _, cells in rows for c in cells if c is not None).ndim == 2
     width = max(len(cells) for _, _, cells in rows)
-    side = 1.75 if points else min(0.78, 9.0 / width)
+    large = not points and max(c.shape[-1] for _, _, cells in rows for c in cells
+                               if c is not None) > 64
+    side = 1.75 if points else min(1.15 if large else 0.78, 9.2 / width)
     with plt.rc_context(STYLE):
         fig, axes = plt.subplots(
             len(rows), width, squeeze=False,

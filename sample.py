@@ -4,6 +4,9 @@ Sampling goes from noise at t = 1 to data at t = 0; NFE counts the calls of the 
 """
 
 import argparse
+import math
+import shutil
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +15,10 @@ import torch
 from tqdm import tqdm
 
 import checkpoint
+import parallel
 import plots
-from config import DATASETS, Parser, UserError, add_field_flags, make_config, run_script
+from config import (DATASETS, LATENT_SETS, Parser, UserError, add_field_flags, make_config,
+                    run_script)
 from data import to_uint8
 from losses import expand, interpolate
 from model import choose_device, copy_of, prepare, velocity_network
@@ -30,7 +35,7 @@ def noise(shape, n, seed, start=0, stream=0):
     first, last = start // BLOCK, (start + n - 1) // BLOCK
     blocks = []
     for block in range(first, last + 1):
-        # the constant keeps these draws apart from those of training, see teacher.step_seed
+        # the constant keeps these draws apart from those of training, see data.step_seed
         key = (((seed * 4099 + stream) * 1_000_003 + block) * 2_654_435_761 + 0x5BD1E995) % 2**63
         blocks.append(torch.randn(BLOCK, *shape, generator=torch.Generator().manual_seed(key)))
     return torch.cat(blocks)[start - first * BLOCK :][:n]
@@ -92,15 +97,16 @@ def stochastic(model, z, nfe, y=None, path=None, renoise=torch.randn_like):
     return z
 
 
+MACHINE = ("device", "precision", "channels_last", "threads", "vae_weights")
 SOLVERS = {"euler": euler, "heun": heun, "stochastic": stochastic}
 
 
 def draw(model, shape, n, nfe, seed=0, solver="euler", batch=500, device="cpu", path=None,
-         bar=False):
-    """n samples, float32 (n, *shape) on the CPU, in batches that never change the result."""
+         first=0):
+    """Samples first ... first + n - 1, float32 (n, *shape) on the CPU; `batch` changes nothing."""
     samples = []
-    for start in tqdm(range(0, n, batch), disable=not bar, desc=f"{nfe} NFE", unit="batch"):
-        size, more = min(batch, n - start), {}
+    for start in range(first, first + n, batch):
+        size, more = min(batch, first + n - start), {}
         if solver == "stochastic":
             streams = iter(range(1, nfe + 1))
             more["renoise"] = lambda z: noise(
@@ -113,8 +119,13 @@ def draw(model, shape, n, nfe, seed=0, solver="euler", batch=500, device="cpu", 
 # ---------------------------------------------------------------------------------- pictures
 
 
+def same(z0):
+    """The decoder of points and images, which need none."""
+    return z0
+
+
 def strips(path, networks, shape, nfes, seed=0, device="cpu", solver="euler", data=None, title=None,
-           columns=10):
+           columns=10, decode=same):
     """Figure 5: the same noise at every NFE. networks is [(name, network, nfes or None), ...].
 
     Points: a row a network, a panel an NFE. Images: a row an NFE, a column a noise.
@@ -129,16 +140,17 @@ def strips(path, networks, shape, nfes, seed=0, device="cpu", solver="euler", da
             if data is not None:                   # beside the first row alone
                 rows[-1][2].append(data if len(rows) == 1 else None)
         else:
-            rows += [(f"{name}, {k} NFE", name, list(z)) for k, z in cells.items()]
+            rows += [(f"{name}, {k} NFE", name, list(decode(z))) for k, z in cells.items()]
     if len(shape) == 1:
         heads = [f"{k} NFE" for k in nfes] + (["data"] if data is not None else [])
         return plots.grid(path, rows, heads, title)
     if data is not None:
-        rows.append(("data", "data", list(data[:columns])))
+        rows.append(("data", "data", list(decode(data[:columns]))))
     return plots.grid(path, rows, title=title)
 
 
-def trajectory(path, networks, shape, nfe, seed=0, device="cpu", solver="euler", title=None):
+def trajectory(path, networks, shape, nfe, seed=0, device="cpu", solver="euler", title=None,
+               decode=same):
     """Figures 4 and 7: zt and its z0-prediction along the path; for points the paths themselves."""
     rows = []
     for name, network in networks:
@@ -149,8 +161,9 @@ def trajectory(path, networks, shape, nfe, seed=0, device="cpu", solver="euler",
             rows.append((f"{name}, {nfe} NFE", name, steps))
             continue
         for i in range(2):
-            rows.append((f"{name}: zt", name, [zt[i] for _, zt, _ in steps]))
-            rows.append(("z0-prediction", name, [f[i] for _, _, f in steps[:-1]] + [None]))
+            zt = decode(torch.stack([zt[i] for _, zt, _ in steps]))
+            f = decode(torch.stack([f[i] for _, _, f in steps[:-1]]))
+            rows += [(f"{name}: zt", name, list(zt)), ("z0-prediction", name, [*f, None])]
     if len(shape) == 1:
         return plots.paths(path, rows, title)
     return plots.grid(path, rows, [f"t = {t:.2g}" for t, _, _ in steps], title)
@@ -182,24 +195,60 @@ def open_network(path, cfg):
     cfg tells the machine's part alone (device, precision, threads); the file tells the rest.
     """
     content = checkpoint.load(path, ("teacher", "student", "teacher resume", "student resume"))
-    own = replace(checkpoint.config_of(content), **{
-        name: getattr(cfg, name) for name in ("device", "precision", "channels_last", "threads")})
+    own = machine_of(cfg, content)
     device = choose_device(own)
     network = velocity_network(own, content["shape"])
     checkpoint.load_weights(network, content["ema"], path)
     return prepare(copy_of(network), own, device), content
 
 
-def save_npz(path, samples):
-    """Raw samples as ADM writes them, `arr_0`: images uint8 (n, H, W, C), points float32."""
-    if samples.ndim == 4:
-        samples = to_uint8(samples).permute(0, 2, 3, 1)
+def machine_of(cfg, content):
+    """The settings of a checkpoint, with the machine's part (and the autoencoder) from cfg."""
+    own = replace(checkpoint.config_of(content), compile=False, grad_accum=1, **{
+        name: getattr(cfg, name) for name in ("device", "precision", "channels_last", "threads")})
+    return replace(own, vae_weights=cfg.vae_weights) if cfg.vae_weights else own
+
+
+def open_decoder(content, cfg):
+    """z0 -> images for the samples of a checkpoint: `same`, or its autoencoder's decoder."""
+    own = machine_of(cfg, content)
+    if own.dataset not in LATENT_SETS:
+        return same
+    from latents import Codec
+    return Codec(own, choose_device(own)).decode
+
+
+def save_npz(path, samples, n, shape):
+    """Raw samples as ADM writes them, `arr_0`: images uint8 (n, H, W, C), points float32 (n, 2).
+
+    `samples` yields (start, rows as float32 in [-1, 1], images (b, C, H, W)). They go to the disk
+    as they come, so that memory does not grow with n; each of several processes writes its own.
+    """
+    path, images = Path(path), len(shape) == 3
+    rows = (n, *shape[1:], shape[0]) if images else (n, *shape)
+    part = path.with_name(path.name + ".part.npy")
     try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "wb") as f:                # np.savez would append .npz to another name
-            np.savez(f, arr_0=samples.numpy())
+        if parallel.FIRST:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            need = 2 * math.prod(rows) * (1 if images else 4)
+            if (free := shutil.disk_usage(path.parent).free) < need:
+                raise UserError(f"{path} needs {need / 1e6:,.0f} MB for a moment, and "
+                                f"{free / 1e6:,.0f} MB are free; make room, or name another file")
+            np.lib.format.open_memmap(part, "w+", np.uint8 if images else np.float32, rows)
+        parallel.wait()
+        array = np.lib.format.open_memmap(part, "r+")
+        for start, z in samples:
+            array[start : start + len(z)] = to_uint8(z).permute(0, 2, 3, 1) if images else z
+        array.flush()
+        parallel.wait()
+        if parallel.FIRST:
+            with zipfile.ZipFile(path, "w") as file:   # an .npz is a .zip of .npy files
+                file.write(part, "arr_0.npy")
     except OSError as e:
         raise UserError(f"could not write {path} ({e.strerror}); name another file") from e
+    finally:
+        if parallel.FIRST and part.is_file():
+            part.unlink()
 
 
 def parse(argv=None):
@@ -220,13 +269,13 @@ def parse(argv=None):
                      help="heun is of second order and takes an odd NFE [euler]")
     how.add_argument("--stochastic", action="store_true",
                      help="predict z0, mix in fresh noise, repeat, as consistency models do")
-    how.add_argument("--batch", type=int, default=500, help="samples at a time [500]")
+    how.add_argument("--batch", type=int, help="samples at a time [500; 64 of latents]")
     to = parser.add_argument_group("what is written")
     to.add_argument("--trajectory", action="store_true", help="zt and z0-predictions along the "
                     "path (Figure 4: --nfe 10; Figure 7: --nfe 4 --no-teacher)")
     to.add_argument("--npz", metavar="FILE", help="raw samples, arr_0, instead of a picture")
     to.add_argument("--out", metavar="FILE", help="the picture [samples/ beside the checkpoint]")
-    add_field_flags(parser, ("device", "precision", "channels_last", "threads"))
+    add_field_flags(parser, MACHINE)
     args = parser.parse_args(argv)
     for flag, low in (("nfe", 1), ("n", 1), ("batch", 1), ("seed", 0)):
         values = getattr(args, flag)
@@ -247,8 +296,8 @@ def parse(argv=None):
 
 def main(argv=None):
     args = parse(argv)
-    machine = {k: v for k, v in vars(args).items() if k in ("device", "precision", "channels_last",
-                                                            "threads")}
+    machine = {k: tuple(v) if isinstance(v, list) else v
+               for k, v in vars(args).items() if k in MACHINE}
     cfg, path = make_config(**machine), Path(args.checkpoint or find_student(args.dataset))
     beside = path.with_name("teacher.pt")
     wanted = [beside] if args.teacher else [path]
@@ -266,31 +315,46 @@ def main(argv=None):
         networks.append((content["kind"].split()[0], network))
     name, network = networks[-1]
     shape, dataset = tuple(content["shape"]), content["config"]["dataset"]
-    device = next(network.parameters()).device
+    device, decode = next(network.parameters()).device, open_decoder(content, cfg)
     solver = "stochastic" if args.stochastic else args.solver
     points, nfes = len(shape) == 1, "-".join(map(str, args.nfe))
+    batch = args.batch or (64 if dataset in LATENT_SETS else 500)
+
+    if args.npz:
+        parallel.start(device)
+        n = args.n or (50000 if points else 10000)
+        each = -(-n // parallel.WORLD)             # this process's samples
+        mine = range(min(parallel.RANK * each, n), min((parallel.RANK + 1) * each, n))
+
+        def batches():
+            for i in tqdm(mine[::batch], desc=f"{args.nfe[0]} NFE", unit="batch",
+                          disable=not parallel.FIRST):
+                yield i, decode(draw(network, shape, min(batch, mine.stop - i), args.nfe[0],
+                                     args.seed, solver, batch, device, first=i))
+
+        factor = 1 if decode is same else 8         # every autoencoder here is f8
+        save_npz(args.npz, batches(), n, shape if factor == 1 else
+                 (3, factor * shape[1], factor * shape[2]))
+        if parallel.FIRST:
+            print(f"wrote {args.npz}: {n} samples of the {name} in {wanted[-1]}, "
+                  f"{args.nfe[0]} NFE, {solver}")
+        return
+
     kind = "trajectory" if args.trajectory else name
     suffix = "" if solver == "euler" else f"-{solver}"
     out = args.out or path.parent / "samples" / f"{kind}-nfe{nfes}{suffix}-seed{args.seed}.png"
-
-    if args.npz:
-        samples = draw(network, shape, args.n or (50000 if points else 10000), args.nfe[0],
-                       args.seed, solver, args.batch, device, bar=True)
-        save_npz(args.npz, samples)
-        print(f"wrote {args.npz}: {len(samples)} samples of the {name} in {wanted[-1]}, "
-              f"{args.nfe[0]} NFE, {solver}")
-        return
     title = f"{dataset}, {solver}, seed {args.seed}"
     if args.trajectory:
-        trajectory(out, networks, shape, args.nfe[0], args.seed, device, solver, title)
+        trajectory(out, networks, shape, args.nfe[0], args.seed, device, solver, title, decode)
     elif len(args.nfe) > 1:
         strips(out, [(name, network, None)], shape, args.nfe, args.seed, device, solver,
-               title=title, columns=args.n or 10)
+               title=title, columns=args.n or (8 if dataset in LATENT_SETS else 10), decode=decode)
     else:
-        n = args.n or (4000 if points else 64)
-        z = draw(network, shape, n, args.nfe[0], args.seed, solver, args.batch, device)
-        rows = [("", name, [z])] if points else [("", name, list(z[i:i + 16]))
-                                                 for i in range(0, n, 16)]
+        n = args.n or (4000 if points else 32 if dataset in LATENT_SETS else 64)
+        z = decode(draw(network, shape, n, args.nfe[0], args.seed, solver, batch, device))
+        width = 8 if dataset in LATENT_SETS else 16
+        rows = [("", name, [z])] if points else [("", name, list(z[i:i + width]))
+                                                 for i in range(0, n, width)]
         plots.grid(out, rows, title=f"{name}, {args.nfe[0]} NFE\n{title}")
     print(f"wrote {out}   from {', '.join(map(str, wanted))}")
 

@@ -4,7 +4,6 @@ train.py calls this by itself where the run has no teacher yet.
 """
 
 import math
-import shutil
 from pathlib import Path
 
 import torch
@@ -12,9 +11,10 @@ from torch.optim import AdamW
 
 import checkpoint
 import data
+import parallel
 import plots
 import sample
-from config import TEACHER_FIELDS, UserError, parse_config, run_dir, run_script
+from config import UserError, parse_config, run_dir, run_script, teacher_fields
 from losses import flow_matching_loss, interpolate
 from model import choose_device, copy_of, ema_update, prepare, velocity_network
 
@@ -28,11 +28,11 @@ def train_teacher(cfg):
     torch.manual_seed(cfg.seed)
     teacher = velocity_network(cfg, dataset.shape)
     ema = prepare(copy_of(teacher), cfg, device)
-    prepare(teacher, cfg, device)
+    teacher = parallel.share(prepare(teacher, cfg, device))
     opt = AdamW(teacher.parameters(), lr=cfg.teacher_lr, weight_decay=0.0, fused=True)
-    states = {"teacher": teacher, "ema": ema, "opt": opt}
+    states = {"teacher": parallel.own(teacher), "ema": ema, "opt": opt}
 
-    generator, start = torch.Generator(device), 0
+    draws, start = data.Draws(cfg.seed, device=device), 0
     if cfg.resume and (folder / "teacher_resume.pt").exists():
         state = checkpoint.load(folder / "teacher_resume.pt", "teacher resume", device)
         for name, part in states.items():
@@ -51,13 +51,13 @@ def train_teacher(cfg):
     with checkpoint.Interrupt() as interrupt, log:
         save(start)
         for step in range(start, cfg.teacher_steps):
-            generator.manual_seed(step_seed(cfg.seed, step))
+            draws.at(step)
             set_rates(cfg, step, cfg.teacher_steps, (opt, cfg.teacher_lr))
 
             # data, noise and time make zt; the teacher learns its velocity there
-            z0, y = dataset.batch(cfg.teacher_batch_size, generator)
-            z1 = torch.randn(z0.shape, generator=generator, device=device)
-            t = torch.rand(len(z0), generator=generator, device=device)
+            z0, y = dataset.batch(cfg.teacher_batch_size // parallel.WORLD, draws)
+            z1 = draws.normal(*z0.shape)
+            t = draws.uniform(len(z0))
             loss = flow_matching_loss(teacher(interpolate(z0, z1, t), t, y), z0, z1)
             loss.backward()
             grad_norm = torch.nn.utils.get_total_norm([p.grad for p in teacher.parameters()])
@@ -68,23 +68,34 @@ def train_teacher(cfg):
             log.add(fm=loss, grad_norm=grad_norm)
 
             done = step + 1
-            if done % cfg.save_every == 0 or done == cfg.teacher_steps or interrupt.asked:
+            stop = interrupt.now(done, cfg.log_every, device)
+            if done % cfg.save_every == 0 or done == cfg.teacher_steps or stop:
                 save(done)
-            if interrupt.asked and done < cfg.teacher_steps:
+            if stop and done < cfg.teacher_steps:
                 raise checkpoint.Interrupted(folder, cfg, done, cfg.teacher_steps)
-            if done % cfg.preview_every == 0:
+            if done % cfg.preview_every == 0 and parallel.FIRST:
                 sample.strips(folder / f"teacher_preview_{done:06d}.png", [("teacher", ema, None)],
-                              dataset.shape, (4, 16), device=device,
+                              dataset.shape, (4, 16), device=device, decode=dataset.decode,
                               title=f"the teacher's EMA after {done} iterations")
 
     checkpoint.save(folder / "teacher.pt", "teacher", cfg, dataset.shape, cfg.teacher_steps,
                     ema=ema.state_dict())
-    plots.losses(folder / "teacher_losses.png", log.curves(), f"teacher on {cfg.dataset}")
+    if parallel.FIRST:
+        plots.losses(folder / "teacher_losses.png", log.curves(), f"teacher on {cfg.dataset}")
     return folder / "teacher.pt"
 
 
 def find_or_train(cfg):
-    """The path of the run's teacher.pt: the one named, the one that is there, or a new one.
+    """find_teacher, and where there is none, train_teacher; returns the path of teacher.pt."""
+    path = find_teacher(cfg)
+    parallel.wait()                                # before a process writes what others look for
+    if path is None:
+        return train_teacher(cfg)
+    return adopt(path, run_dir(cfg) / "teacher.pt", cfg)
+
+
+def find_teacher(cfg):
+    """The path of the run's teacher.pt: the one named, or the one that is there; or None.
 
     A teacher of the same settings in the run's folder or in runs/<dataset> is reused; the run gets
     a copy, so that it is whole. Raises UserError where another one stands in the run's folder.
@@ -93,14 +104,14 @@ def find_or_train(cfg):
     if cfg.resume and own.exists() and own.with_name("student_resume.pt").exists():
         return own                                 # the student has begun from this one
     if cfg.teacher_checkpoint:
-        return adopt(Path(cfg.teacher_checkpoint), own, cfg)
+        return Path(cfg.teacher_checkpoint)
     for path in dict.fromkeys([own, common]):
         if not path.exists():
             continue
         there = checkpoint.config_of(checkpoint.load(path, "teacher"))
-        clash = checkpoint.differences(cfg, there, TEACHER_FIELDS)
+        clash = checkpoint.differences(cfg, there, teacher_fields(cfg))
         if not clash:
-            return adopt(path, own, cfg)
+            return path
         if path == own and not cfg.overwrite:
             raise UserError(f"{own} was trained with other settings: {clash}; distil from it by "
                             f"--teacher-checkpoint {own}, replace it by --overwrite, or choose "
@@ -108,7 +119,7 @@ def find_or_train(cfg):
     if not (cfg.resume or cfg.overwrite or own.exists()) and state_path(own).exists():
         raise UserError(f"{own.parent} holds an unfinished teacher; --resume continues it, "
                         "--overwrite starts anew, another --out keeps both")
-    return train_teacher(cfg)
+    return None
 
 
 def state_path(teacher):
@@ -124,12 +135,11 @@ def adopt(path, own, cfg):
     load_teacher(path, cfg, content["shape"])      # raises where it does not fit, before the copy
     if own.exists() and not cfg.overwrite and not cfg.resume:
         there = checkpoint.config_of(checkpoint.load(own, "teacher"))
-        if checkpoint.differences(there, checkpoint.config_of(content), TEACHER_FIELDS):
+        if checkpoint.differences(there, checkpoint.config_of(content), teacher_fields(cfg)):
             raise UserError(f"{own} is another teacher than {path}; --overwrite replaces it, "
                             "another --out keeps both")
-    part = own.with_name("teacher.pt.part")
-    shutil.copyfile(path, part)
-    part.replace(own)
+    checkpoint.save(own, "teacher", checkpoint.config_of(content), content["shape"],
+                    content["step"], ema=content["ema"])
     return own
 
 
@@ -146,11 +156,6 @@ def load_teacher(path, cfg, shape):
     return copy_of(teacher)
 
 
-def step_seed(seed, step, stream=0):
-    """Seed of all random draws of one iteration: a run needs no other random state to resume."""
-    return ((2 * seed + stream) * 1_000_003 + step) * 2_654_435_761 % 2**63
-
-
 def set_rates(cfg, step, steps, *pairs):
     """Learning rates: up from zero in cfg.lr_warmup steps, down along a cosine to cfg.lr_final."""
     fall = cfg.lr_final + (1 - cfg.lr_final) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
@@ -161,6 +166,7 @@ def set_rates(cfg, step, steps, *pairs):
 
 def main(argv=None):
     cfg, given = parse_config(__doc__.splitlines()[0], argv)
+    parallel.start(choose_device(cfg))
     if cfg.resume:
         cfg = checkpoint.resumed(cfg, given, run_dir(cfg))
         if not state_path(run_dir(cfg) / "teacher.pt").exists():
@@ -169,8 +175,9 @@ def main(argv=None):
         path = train_teacher(cfg)
     else:
         path = find_or_train(cfg)
-    print(f"teacher: {path}   pictures: {path.parent / 'teacher_losses.png'}   "
-          f"next: python train.py --dataset {cfg.dataset} (distils it)")
+    if parallel.FIRST:
+        print(f"teacher: {path}   pictures: {path.parent / 'teacher_losses.png'}   "
+              f"next: python train.py --dataset {cfg.dataset} (distils it)")
 
 
 if __name__ == "__main__":

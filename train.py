@@ -12,14 +12,16 @@ from torch.optim import AdamW
 
 import checkpoint
 import data
+import parallel
 import plots
 import sample
-from config import CIRCUMSTANCES, Config, UserError, parse_config, run_dir, run_script
+from config import (CIRCUMSTANCES, Config, UserError, parse_config, run_dir, run_script,
+                    teacher_fields)
 from losses import (bidirectional_loss, consistency_loss, discriminator_loss, expand,
                     generator_loss, interpolate, r1_penalty, reflow_loss, time_skip,
                     z0_prediction, z0_predictions)
 from model import choose_device, copy_of, discriminator, ema_update, prepare
-from teacher import find_or_train, load_teacher, set_rates, step_seed
+from teacher import find_or_train, load_teacher, set_rates
 
 
 def losses_in_use(cfg, step):
@@ -28,18 +30,19 @@ def losses_in_use(cfg, step):
     return {name for name in cfg.losses if step >= first[name]}
 
 
-def scflow_step(net, z0, y, step, cfg, generator):
+def scflow_step(net, z0, y, step, cfg, draws):
     """One iteration of Algorithm 1: steps D, then theta, moves theta~; returns the logged terms.
 
     net holds teacher, student, target (theta~), ema, disc and the optimisers opt, opt_disc.
-    z0 is data (B, ...), y labels (B,) or None. Networks see 3B student, 2B EMA, B teacher samples.
+    z0 is data (B, ...), y labels (B,) or None, draws the random numbers of this iteration.
+    Networks see 3B student, 2B EMA and B teacher samples.
     """
     use, terms = losses_in_use(cfg, step), {}
 
     # noise, time, and how far the teacher steps down and up from zt (Algorithm 2)
-    z1 = torch.randn(z0.shape, generator=generator, device=z0.device)      # (B, ...)
-    t = torch.rand(len(z0), generator=generator, device=z0.device)         # (B,)
-    d_s, d_k = time_skip(t, cfg.t_skip, generator)                         # (B,), (B,)
+    z1 = draws.normal(*z0.shape)                                           # (B, ...)
+    t = draws.uniform(len(z0))                                             # (B,)
+    d_s, d_k = time_skip(t, draws.uniform(len(t)), draws.uniform(len(t)), cfg.t_skip)
     zt = interpolate(z0, z1, t)
 
     # one velocity of the teacher serves both steps (Eq. 6); theta~ predicts from where they land
@@ -99,6 +102,7 @@ def begin(teacher, cfg, shape, device):
                           disc=discriminator(cfg, shape))
     for network in vars(net).values():
         prepare(network, cfg, device)
+    net.student, net.disc = parallel.share(net.student), parallel.share(net.disc)
     net.opt = AdamW(net.student.parameters(), cfg.lr, cfg.betas, weight_decay=0.0, fused=True)
     net.opt_disc = AdamW(net.disc.parameters(), cfg.disc_lr, cfg.disc_betas, weight_decay=0.0,
                          fused=True)
@@ -123,46 +127,53 @@ def train(cfg):
 
     # all random draws of an iteration come from its own seed, so a step number is all that a
     # resumed run needs besides the weights and the optimisers
-    generator, start = torch.Generator(device), 0
+    draws, start = data.Draws(cfg.seed, stream=1, device=device), 0
+    states = {name: parallel.own(getattr(net, name)) for name in STATES}
     if cfg.resume and (folder / "student_resume.pt").exists():
         state = checkpoint.load(folder / "student_resume.pt", "student resume", device)
-        for name in STATES:
-            getattr(net, name).load_state_dict(state[name])
+        for name, part in states.items():
+            part.load_state_dict(state[name])
         start = state["step"]
+        del state
 
     def save(step):
         log.fetch()                                # so a loss that is not finite is never saved
         checkpoint.save(folder / "student_resume.pt", "student resume", cfg, dataset.shape, step,
-                        **{name: getattr(net, name).state_dict() for name in STATES})
+                        **{name: part.state_dict() for name, part in states.items()})
 
     log = checkpoint.Log(folder / "log.csv", TERMS, cfg.log_every, start, cfg.steps,
                          cfg.batch_size, "student")
     with checkpoint.Interrupt() as interrupt, log:
         save(start)
         for step in range(start, cfg.steps):
-            generator.manual_seed(step_seed(cfg.seed, step, stream=1))
+            draws.at(step)
             set_rates(cfg, step, cfg.steps, (net.opt, cfg.lr), (net.opt_disc, cfg.disc_lr))
-            z0, y = dataset.batch(cfg.batch_size, generator)
-            log.add(**scflow_step(net, z0, y, step, cfg, generator))
+            z0, y = dataset.batch(cfg.batch_size // parallel.WORLD, draws)
+            log.add(**scflow_step(net, z0, y, step, cfg, draws))
 
             done = step + 1
-            if done % cfg.save_every == 0 or done == cfg.steps or interrupt.asked:
+            stop = interrupt.now(done, cfg.log_every, device)
+            if done % cfg.save_every == 0 or done == cfg.steps or stop:
                 save(done)
-            if interrupt.asked and done < cfg.steps:
+            if stop and done < cfg.steps:
                 raise checkpoint.Interrupted(folder, cfg, done, cfg.steps)
-            if done % cfg.preview_every == 0:
+            if done % cfg.preview_every == 0 and parallel.FIRST:
                 sample.strips(folder / f"preview_{done:06d}.png", [("student", net.ema, None)],
-                              dataset.shape, (1, 4), device=device,
+                              dataset.shape, (1, 4), device=device, decode=dataset.decode,
                               title=f"the student's EMA after {done} iterations")
 
     checkpoint.save(folder / "student.pt", "student", cfg, dataset.shape, cfg.steps,
                     ema=net.ema.state_dict())
+    if not parallel.FIRST:
+        return folder / "student.pt"
     plots.losses(folder / "losses.png", log.curves(), f"SCFlow on {cfg.dataset}")
     points = len(dataset.shape) == 1
     few, many = ((1, 2, 4, 8, 16),) * 2 if points else ((1, 2, 4, 8), (1, 2, 4, 8, 50))
     networks = [("teacher", net.teacher, many), ("student", net.ema, few)]
-    real = dataset.batch(4000 if points else 10, generator)[0].cpu()
-    sample.strips(folder / "samples.png", networks, dataset.shape, few, device=device, data=real)
+    shown = min(4000 if points else 10, dataset.size or 4000)
+    real = dataset.batch(shown, data.Draws(cfg.seed, stream=1, device=device, rank=0, world=1))[0]
+    sample.strips(folder / "samples.png", networks, dataset.shape, few, device=device,
+                  data=real.cpu(), decode=dataset.decode)
     return folder / "student.pt"
 
 
@@ -181,6 +192,7 @@ def finished(cfg, folder):
     if student.exists():
         there = checkpoint.config_of(checkpoint.load(student, "student"))
         compared = [f.name for f in fields(Config) if f.name not in CIRCUMSTANCES]
+        compared += [n for n in teacher_fields(cfg) if n not in compared]
         if clash := checkpoint.differences(cfg, there, compared):
             raise UserError(f"{student} was trained with other settings: {clash}; {ways}")
         return True
@@ -197,9 +209,12 @@ def main(argv=None):
     elif cfg.teacher_checkpoint:
         there = checkpoint.config_of(checkpoint.load(cfg.teacher_checkpoint, "teacher"))
         cfg = checkpoint.same_architecture(cfg, given, there, cfg.teacher_checkpoint)
+    parallel.start(choose_device(cfg))
     known = finished(cfg, run_dir(cfg))
     path = train(cfg)
     folder = path.parent
+    if not parallel.FIRST:
+        return
     what = "already finished" if known else "wrote"
     print(f"{what}: {path}   pictures: {folder / 'samples.png'}, {folder / 'losses.png'}   "
           f"next: python sample.py --checkpoint {path} --nfe 4")

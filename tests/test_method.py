@@ -3,6 +3,7 @@
 import copy
 import math
 from dataclasses import fields
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,7 +20,8 @@ import model
 import sample
 import teacher
 import train
-from config import PRESETS, Config, Parser, UserError, add_field_flags, field_comments, make_config
+from config import (LATENT_SETS, MODELS, PRESETS, Config, Parser, UserError, add_field_flags,
+                    field_comments, make_config)
 
 POINTS, IMAGES, LATENTS = (2,), (1, 8, 8), (4, 8, 8)
 SHAPES = pytest.mark.parametrize("shape", [POINTS, IMAGES, LATENTS], ids=str)
@@ -29,6 +31,16 @@ B = 6
 
 def gen(seed=0):
     return torch.Generator().manual_seed(seed)
+
+
+def draws(seed=0):
+    found = data.Draws(0)
+    found.generator.manual_seed(seed)
+    return found
+
+
+def skips(t, t_skip, seed=0):
+    return losses.time_skip(t, *torch.rand(2, len(t), generator=gen(seed)), t_skip)
 
 
 def normal(shape, n=B, seed=0, dtype=torch.float64):
@@ -238,7 +250,7 @@ def regression_terms(field, z0, seed=0, **given):
     student = analytic(field)
     net = SimpleNamespace(teacher=student, student=student, target=student, ema=student,
                           opt=torch.optim.SGD(student.parameters(), lr=0.0))
-    return train.scflow_step(net, z0, None, 0, cfg, gen(seed))
+    return train.scflow_step(net, z0, None, 0, cfg, draws(seed))
 
 
 @SHAPES
@@ -443,19 +455,19 @@ def test_no_truncation_at_t_trunc_zero(shape):
 def test_time_skips_stay_in_range(t_skip):
     for t in (torch.zeros(1000), torch.ones(1000), torch.rand(100_000, generator=gen(1)),
               torch.tensor([1e-7, 0.05, 0.1, 0.5, 0.9, 0.95, 1 - 1e-7]).repeat(1000)):
-        d_s, d_k = losses.time_skip(t, t_skip, gen())
+        d_s, d_k = skips(t, t_skip)
         assert d_s.shape == d_k.shape == t.shape
         assert (d_s >= 0).all() and (d_k >= 0).all()
         assert (d_s <= t_skip).all() and (d_k <= t_skip).all()
         assert (t - d_s >= 0).all() and (t + d_k <= 1).all()
-    assert (losses.time_skip(torch.zeros(9), t_skip)[0] == 0).all()
-    assert (losses.time_skip(torch.ones(9), t_skip)[1] == 0).all()
+    assert (skips(torch.zeros(9), t_skip)[0] == 0).all()
+    assert (skips(torch.ones(9), t_skip)[1] == 0).all()
 
 
 @pytest.mark.parametrize("t", [0.02, 0.1, 0.5, 0.93, 1.0])
 def test_time_skips_are_uniform_and_independent(t):
     n = 40_000
-    d_s, d_k = losses.time_skip(torch.full((n,), t), 0.1, gen(7))
+    d_s, d_k = skips(torch.full((n,), t), 0.1, 7)
     for d, longest in ((d_s, min(t, 0.1)), (d_k, min(1 - t, 0.1))):
         if longest == 0:
             continue
@@ -577,7 +589,7 @@ def reference_step(net, z0, y, use, cfg, seed):
     generator = gen(seed)
     z1 = torch.randn(z0.shape, generator=generator)
     t = torch.rand(len(z0), generator=generator)
-    u_s, u_k = torch.rand(2, len(z0), generator=generator)
+    u_s, u_k = (torch.rand(len(z0), generator=generator) for _ in range(2))
 
     def f(network, z, t):
         return z - across(t, z) * network(z, t, y)
@@ -643,7 +655,7 @@ def test_a_step_equals_algorithm_1_written_plainly(shape, use):
     net = make_net(shape, cfg)
     z0, y = normal(shape, dtype=torch.float32), torch.tensor([0, 1, 2, 0, 1, 2])
     wanted, after = reference_step(net, z0, y, use, cfg, seed=5)
-    terms = train.scflow_step(net, z0, y, 0, cfg, gen(5))
+    terms = train.scflow_step(net, z0, y, 0, cfg, draws(5))
     assert set(wanted) == set(terms) - {"d_real", "d_fake"}
     assert set(terms) <= set(train.TERMS), "a term without a column in the log would be lost"
     for name, value in wanted.items():
@@ -660,7 +672,7 @@ def test_a_step_leaves_no_gradient_anywhere(shape):
     # the frozen networks and the data ask for gradients here, so that a leak would show
     z0, y = normal(shape, dtype=torch.float32).requires_grad_(), torch.arange(B) % 3
     teacher_before = weights(net.teacher)
-    terms = train.scflow_step(net, z0, y, 0, cfg, gen())
+    terms = train.scflow_step(net, z0, y, 0, cfg, draws())
     assert z0.grad is None
     for name in ("teacher", "target", "ema", "student", "disc"):
         assert all(p.grad is None for p in getattr(net, name).parameters()), name
@@ -675,7 +687,7 @@ def test_r1_acts_on_the_discriminator_alone(shape):
         cfg = small(shape, l_gan=0.0, r1=r1)
         net = make_net(shape, cfg)
         start = weights(net.disc)
-        terms = train.scflow_step(net, normal(shape, dtype=torch.float32), None, 0, cfg, gen())
+        terms = train.scflow_step(net, normal(shape, dtype=torch.float32), None, 0, cfg, draws())
         after[r1] = weights(net.student), weights(net.disc)
         assert ("r1" in terms) == (r1 > 0)
         assert not same(start, after[r1][1])
@@ -691,7 +703,7 @@ def test_the_students_loss_does_not_move_the_discriminator(shape):
         net = make_net(shape, cfg)
         net.opt.param_groups[0]["lr"] = 0.0        # the same student, so only a leak may differ
         for step in range(2):                      # a gradient left over would act in the second
-            train.scflow_step(net, normal(shape, dtype=torch.float32), None, step, cfg, gen(step))
+            train.scflow_step(net, normal(shape, dtype=torch.float32), None, step, cfg, draws(step))
         after.append(weights(net.disc))
     assert same(*after)
 
@@ -708,7 +720,7 @@ def test_cost_of_a_step_and_the_labels_that_networks_see(shape, labelled):
         for name in wanted:
             getattr(net, name).register_forward_pre_hook(
                 lambda module, args, name=name: calls[name].append(args))
-        train.scflow_step(net, normal(shape, dtype=torch.float32), y, 0, cfg, gen())
+        train.scflow_step(net, normal(shape, dtype=torch.float32), y, 0, cfg, draws())
         assert {name: [len(args[0]) for args in seen] for name, seen in calls.items()} == wanted
         for seen in calls.values():
             for z, *_, label in seen:
@@ -736,7 +748,7 @@ def test_labels_reach_student_teacher_and_ema(shape):
     rows = {name: getattr(net, name).label_emb.weight for name in ("student", "target", "ema")}
     before = {name: w.detach().clone() for name, w in rows.items()}
     theta = rows["student"].detach().clone()
-    train.scflow_step(net, z, torch.tensor([0, 1, 0, 1, 0, 1]), 0, cfg, gen())
+    train.scflow_step(net, z, torch.tensor([0, 1, 0, 1, 0, 1]), 0, cfg, draws())
     moved = (rows["student"] != theta).any(1)
     assert moved.tolist() == [True, True, False, False]
     for name, decay in (("target", cfg.mu), ("ema", cfg.ema)):
@@ -760,7 +772,7 @@ def test_a_batch_of_one_works(shape):
     net = make_net(shape, cfg)
     before = weights(net.student)
     z0 = normal(shape, 1, dtype=torch.float32)
-    terms = train.scflow_step(net, z0, torch.tensor([1]), 0, cfg, gen())
+    terms = train.scflow_step(net, z0, torch.tensor([1]), 0, cfg, draws())
     assert {"cd", "gan", "rf", "bi", "disc", "r1"} <= terms.keys()
     assert all(term.shape == () and term.isfinite() for term in terms.values())
     assert not same(before, weights(net.student))
@@ -785,8 +797,8 @@ def test_warm_ups_end_exactly_at_their_iteration(name, field, first):
     without = small(POINTS, **{field: first}, losses=tuple(everything - {name}))
     assert train.losses_in_use(without, first) == everything - {name}
     net, z0 = make_net(POINTS, cfg), normal(POINTS, dtype=torch.float32)
-    assert name not in train.scflow_step(net, z0, None, first - 1, cfg, gen())
-    assert name in train.scflow_step(net, z0, None, first, cfg, gen())
+    assert name not in train.scflow_step(net, z0, None, first - 1, cfg, draws())
+    assert name in train.scflow_step(net, z0, None, first, cfg, draws())
 
 
 def test_learning_rates_rise_then_fall_along_a_cosine():
@@ -827,6 +839,9 @@ def test_presets_hold_what_differs_and_flags_win():
     for dataset, preset in PRESETS.items():
         cfg = make_config(dataset)
         assert cfg.dataset == dataset and preset.keys() <= names
+        if dataset in LATENT_SETS:
+            where = preset["data_dir"] and str(Path(preset["data_dir"]).resolve())
+            preset = preset | MODELS["paper"] | dict(model="paper", preset="paper", data_dir=where)
         for f in fields(Config):
             wanted = preset.get(f.name, dataset if f.name == "dataset" else f.default)
             assert getattr(cfg, f.name) == wanted
@@ -1095,7 +1110,7 @@ def test_densities_have_mean_zero_and_a_common_std_of_one(name):
     assert not torch.equal(data.sample_points(name, 50, gen(3)),
                            data.sample_points(name, 50, gen(4)))
     dataset = data.load(make_config(name))
-    z0, y = dataset.batch(50, gen(3))
+    z0, y = dataset.batch(50, draws(3))
     assert torch.equal(z0, data.sample_points(name, 50, gen(3))) and y is None
     assert dataset.shape == (2,) and dataset.size is None
 
@@ -1132,10 +1147,10 @@ def test_images_are_given_out_between_minus_one_and_one():
     bits = torch.arange(256, dtype=torch.uint8).view(64, 1, 2, 2)
     images = data.Images(bits)
     assert images.shape == (1, 2, 2) and images.size == 64
-    z0, y = images.batch(4096, gen())
+    z0, y = images.batch(4096, draws())
     assert z0.dtype == torch.float32 and z0.shape == (4096, 1, 2, 2)
     torch.testing.assert_close(z0.unique(), torch.linspace(-1, 1, 256), rtol=0, atol=1e-6)
-    assert torch.equal(z0, images.batch(4096, gen())[0])
+    assert torch.equal(z0, images.batch(4096, draws())[0])
 
 
 def test_mnist_is_whole(mnist_dir):
