@@ -218,7 +218,8 @@ class Log:
             with open(self.path, newline="") as f:
                 self.rows = [row for row in csv.DictReader(f) if int(row["step"]) <= start]
         self.bar = tqdm(total=steps, initial=start, desc=title, dynamic_ncols=True,
-                        mininterval=0.5 if sys.stderr.isatty() else 30)
+                        mininterval=0.5 if sys.stderr.isatty() else 30,
+                        disable=not parallel.FIRST)
 
     def __enter__(self):
         self.file = open(self.path if parallel.FIRST else os.devnull, "w", newline="")

@@ -31,7 +31,7 @@ def share(network):
     """The network, its gradients averaged over the processes in every backward pass."""
     if WORLD == 1:
         return network
-    return torch.nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
+    return torch.nn.parallel.DistributedDataParallel(network)
 
 
 def own(network):
