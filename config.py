@@ -136,7 +136,7 @@ MODELS = {
                   time_scale=1000.0, disc_channels=64,
                   teacher_steps=60_000, teacher_lr=2e-4, teacher_batch_size=64, lr_final=0.0,
                   lr_warmup=500, steps=20_000, lr=5e-5, disc_lr=2e-4, disc_betas=(0.0, 0.99)),
-    "tiny": dict(channels=48, mult=(1, 2), blocks=1, attention=(1,), heads=4, patch_size=2,
+    "tiny": dict(channels=40, mult=(1, 2), blocks=1, attention=(1,), heads=4, patch_size=2,
                  time_scale=1000.0, disc_channels=32,
                  teacher_steps=3000, teacher_lr=1e-3, teacher_batch_size=64, teacher_ema=0.998,
                  lr_final=0.0, lr_warmup=100, steps=1200, batch_size=32, lr=2e-4, disc_lr=5e-4,

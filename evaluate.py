@@ -6,8 +6,6 @@ classifier that is trained here with a fixed seed; its numbers compare only with
 
 import json
 import statistics
-import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,10 +16,8 @@ from tqdm import trange
 import checkpoint
 import data
 import sample
-import train
-from config import (DATASETS, POINT_SETS, TEACHER_FIELDS, Parser, UserError, add_field_flags,
+from config import (DATASETS, LATENT_SETS, TEACHER_FIELDS, Parser, UserError, add_field_flags,
                     make_config, run_script)
-from model import CORES, choose_device, copy_of, velocity_network
 
 
 # ----------------------------------------------------------------------------------- distances
@@ -189,42 +185,7 @@ def table(rows, floor):
         for i, line in enumerate(lines))
 
 
-# --------------------------------------------------------------------------------------- speed
-
-
-def speed(cfg, rounds=7):
-    """Prints the median seconds of a training iteration for each way to run it, taken in turns.
-
-    Random weights and noise for data, all losses in use: the time does not depend on them.
-    """
-    shape = (2,) if cfg.dataset in POINT_SETS else (1, 28, 28)
-    step = max(cfg.n_gan, cfg.n_rf, cfg.n_bi)
-    choices = [("fp32", False, False), ("bf16", False, False)]
-    if len(shape) == 3:
-        choices += [("fp32", True, False), ("bf16", True, False), ("bf16", False, True)]
-    ways = {}
-    for precision, channels_last, compiled in choices:
-        for threads in (1, CORES) if not compiled else (CORES,):
-            own = replace(cfg, precision=precision, channels_last=channels_last, compile=compiled,
-                          threads=threads)
-            device = choose_device(own)
-            name = f"{precision} {'NHWC' if channels_last else 'NCHW'} {threads} threads"
-            net = train.begin(copy_of(velocity_network(own, shape)), own, shape, device)
-            ways[name + (" compiled" if compiled else "")] = own, net, []
-    z0 = torch.randn(cfg.batch_size, *shape, device=device)
-    generator = torch.Generator(device)
-    for i in trange(rounds + 2, desc="rounds"):
-        for own, net, seconds in ways.values():
-            choose_device(own)                     # sets the number of threads
-            start = time.perf_counter()
-            train.scflow_step(net, z0, None, step, own, generator)["cd"].item()
-            if i >= 2:                             # the first two warm up (and compile)
-                seconds.append(time.perf_counter() - start)
-    times = {name: statistics.median(seconds) for name, (_, _, seconds) in ways.items()}
-    best = min(times.values())
-    print(f"{cfg.dataset}: one training iteration, batch {cfg.batch_size}, median of {rounds}\n")
-    for name, seconds in times.items():
-        print(f"{name:<24} {1000 * seconds:8.1f} ms   {seconds / best:5.2f} times the fastest")
+TIMED = ("device", "precision", "channels_last", "threads", "model", "vae", "batch_size")
 
 
 def main(argv=None):
@@ -239,20 +200,20 @@ def main(argv=None):
                         "checkpoints, which are the same run with other seeds")
     parser.add_argument("--batch", type=int, default=500, help="samples at a time [500]")
     parser.add_argument("--out", metavar="FILE", help="the table as JSON [beside the checkpoint]")
-    add_field_flags(parser, ("data_dir", "device", "precision", "channels_last", "threads"))
+    add_field_flags(parser, ("data_dir", *TIMED))
     parser.add_argument("--speed", action="store_true", help="time a training iteration on this "
                         "machine in several ways, and stop")
     args = parser.parse_args(argv)
     if args.speed:
-        return speed(make_config(args.dataset or "mnist"))
+        import speed
+        given = {k: v for k, v in vars(args).items() if k in TIMED}
+        return speed.report(make_config(args.dataset or "mnist", **given))
     for name in ("n", "batch"):
         if getattr(args, name) is not None and getattr(args, name) < 2:
             raise UserError(f"--{name} {getattr(args, name)} is too few; it must be at least 2")
     if min(args.nfe) < 1 or args.seed < 0:
         raise UserError("--nfe must be at least 1 and --seed not negative")
-    own = ("checkpoint", "dataset", "nfe", "n", "seed", "median", "batch", "out",
-           "speed")
-    cfg = make_config(**{k: v for k, v in vars(args).items() if k not in own})
+    cfg = make_config(**{k: v for k, v in vars(args).items() if k in ("data_dir", *TIMED[:4])})
 
     paths = [Path(p) for p in args.checkpoint or [sample.find_student(args.dataset)]]
     opened = [sample.open_network(path, cfg) for path in paths]
@@ -260,6 +221,9 @@ def main(argv=None):
     if len(sets) > 1 or args.dataset and sets != {args.dataset}:
         raise UserError(f"these checkpoints were trained on {', '.join(sorted(sets))}; "
                         "a table holds runs of one data set")
+    if sets & set(LATENT_SETS):
+        raise UserError("the distance of images and latents (FID) is not measured yet; "
+                        "sample.py --npz writes samples for any other tool")
     (dataset,), shape = sets, tuple(opened[0][1]["shape"])
     n = args.n or (50_000 if len(shape) == 1 else 2_000)
     device = next(opened[0][0].parameters()).device

@@ -72,19 +72,30 @@ class LabelEmbedding(nn.Embedding):
 # ------------------------------------------------------------------------------------- points
 
 
+def point_features(z):
+    """Coordinates with their sines and cosines at four frequencies, (B, dim) -> (B, 9 dim).
+
+    On bare coordinates an MLP learns smooth functions first and the edges of a density hardly at
+    all (Tancik et al., 2020, "Fourier features").
+    """
+    angles = z[:, :, None] * 2.0 ** torch.arange(4, device=z.device)      # (B, dim, 4)
+    return torch.cat([z, angles.sin().flatten(1), angles.cos().flatten(1)], dim=1)
+
+
 class MLP(Network):
-    """Velocity of points, (B, dim): SiLU layers on the point and the features of its time."""
+    """Velocity of points, (B, dim): SiLU layers on the features of the point and of its time."""
 
     def __init__(self, dim=2, channels=128, blocks=3, time_scale=10.0, num_classes=0):
         super().__init__()
         self.time_scale = time_scale
-        self.first = nn.Linear(dim + 32, channels)
+        self.first = nn.Linear(9 * dim + 32, channels)
         self.label_emb = LabelEmbedding(num_classes, channels) if num_classes else None
         self.hidden = nn.ModuleList(nn.Linear(channels, channels) for _ in range(blocks))
         self.last = nn.Linear(channels, dim)
 
     def forward(self, zt, t, y=None):
-        h = self.first(torch.cat([zt, time_features(t, 32, self.time_scale)], dim=1))
+        features = point_features(zt), time_features(t, 32, self.time_scale)
+        h = self.first(torch.cat(features, dim=1))
         if self.label_emb is not None:
             h = h + self.label_emb(y, len(zt))
         for layer in self.hidden:
@@ -98,14 +109,14 @@ class PointDiscriminator(Network):
     def __init__(self, dim=2, channels=128, num_classes=0):
         super().__init__()
         self.body = nn.Sequential(
-            nn.Linear(dim, channels), nn.LeakyReLU(0.2),
+            nn.Linear(9 * dim, channels), nn.LeakyReLU(0.2),
             nn.Linear(channels, channels), nn.LeakyReLU(0.2),
             nn.Linear(channels, channels), nn.LeakyReLU(0.2),
         )
         self.head = Head(channels, num_classes)
 
     def forward(self, z, y=None):
-        return self.head(self.body(z), y)
+        return self.head(self.body(point_features(z)), y)
 
 
 class Head(nn.Module):
