@@ -90,7 +90,8 @@ def official(content):
     weights = content.get("ema_model", content)
     if not isinstance(weights, dict):
         return None
-    weights = {key.removeprefix("module."): value for key, value in weights.items()}
+    weights = {key.removeprefix("module."): value for key, value in weights.items()
+               if isinstance(key, str)}
     if "input_blocks.0.0.weight" not in weights:
         return None
     cfg = make_config("celebahq", preset="official")

@@ -76,21 +76,21 @@ class Config:
     lr: float = 1e-3                # AdamW learning rate of the student
     disc_lr: float = 2e-3           # AdamW learning rate of the discriminator
     betas: tuple[float, ...] = (0.9, 0.999)  # the student's AdamW: memory of gradient and square
-    disc_betas: tuple[float, ...] = (0.9, 0.999)  # the discriminator's AdamW, the same two
+    disc_betas: tuple[float, ...] = (0.0, 0.99)  # the discriminator's AdamW, the same two
     lr_final: float = 0.0           # all rates fall along a cosine to this fraction; 1 is constant
     lr_warmup: int = 100            # iterations in which the rates rise from zero
     t_trunc: float = 0.4            # truncation time of CD (Eq. 8); 0, plain CD, without the GAN
     t_skip: float = 0.1             # longest step of the teacher (Algorithm 2)
     truncation: Literal["landing", "current"] = "landing"  # t_trunc is held against t_lo, or t
     metric: Literal["pseudo-huber", "l2"] = "pseudo-huber"  # distance in CD and BI
-    huber_c: float = 0.01           # pseudo-Huber's c: quadratic below this difference
+    huber_c: float = 0.2            # pseudo-Huber's c: quadratic below this difference
     mu: float = 0.9                 # decay of theta~, the average that CD and BI aim at
     ema: float = 0.998              # decay of the average that is sampled from
-    l_gan: float = 2.0              # weight of the GAN loss (Eq. 7)
-    l_rf: float = 4.0               # weight of the reflow loss (Eq. 9)
-    l_bi: float = 0.05              # weight of the bidirectional loss (Eq. 10)
+    l_gan: float = 3.0              # weight of the GAN loss (Eq. 7)
+    l_rf: float = 8.0               # weight of the reflow loss (Eq. 9)
+    l_bi: float = 0.3               # weight of the bidirectional loss (Eq. 10)
     n_gan: int = 0                  # first iteration with the GAN
-    n_rf: int = 1000                # first iteration with reflow
+    n_rf: int = 500                 # first iteration with reflow
     n_bi: int = 0                   # first iteration with the bidirectional loss
     r1: float = 0.1                 # gamma of R1, (gamma / 2) E || grad D(z0) ||^2; 0 leaves it out
 
@@ -104,8 +104,8 @@ PRESETS = {
     "mnist": dict(
         channels=32, blocks=1, patch_size=2, time_scale=1000.0, disc_channels=32,
         teacher_steps=2000, teacher_lr=1e-3, teacher_batch_size=128,
-        steps=1600, batch_size=64, lr=4e-4, disc_lr=1e-3, disc_betas=(0.0, 0.99), ema=0.995,
-        l_gan=0.2, l_rf=1.0, l_bi=0.1, n_rf=200, r1=0.5,
+        steps=2000, batch_size=64, lr=4e-4, disc_lr=1e-3, ema=0.995, huber_c=0.01,
+        l_gan=0.1, l_rf=1.0, l_bi=0.1, n_rf=100, r1=1.0,
         save_every=200, preview_every=400,
     ),
 }
@@ -135,12 +135,13 @@ MODELS = {
     "small": dict(channels=80, mult=(1, 2, 2, 2), blocks=2, attention=(2, 3), heads=4,
                   time_scale=1000.0, disc_channels=64,
                   teacher_steps=60_000, teacher_lr=2e-4, teacher_batch_size=64, lr_final=0.0,
-                  lr_warmup=500, steps=20_000, lr=5e-5, disc_lr=2e-4, disc_betas=(0.0, 0.99)),
+                  lr_warmup=500, steps=20_000, lr=5e-5, disc_lr=2e-4),
     "tiny": dict(channels=40, mult=(1, 2), blocks=1, attention=(1,), heads=4, patch_size=2,
                  time_scale=1000.0, disc_channels=32,
                  teacher_steps=3000, teacher_lr=1e-3, teacher_batch_size=64, teacher_ema=0.998,
                  lr_final=0.0, lr_warmup=100, steps=1200, batch_size=32, lr=2e-4, disc_lr=5e-4,
-                 disc_betas=(0.0, 0.99), ema=0.995, metric="pseudo-huber", truncation="landing",
+                 disc_betas=(0.0, 0.99), ema=0.995, metric="pseudo-huber", huber_c=0.01,
+                 truncation="landing",
                  l_gan=0.1, l_rf=1.0, n_rf=200, n_bi=0, save_every=200, preview_every=400),
 }
 
@@ -304,7 +305,7 @@ def run_script(main):
     except UserError as e:
         sys.exit(fail(script, e))
     except KeyboardInterrupt as e:                 # training's own says how to go on
-        print(f"\n{script}: {str(e) or 'interrupted'}", file=sys.stderr)
+        fail("\n" + script, str(e) or "interrupted")
         sys.exit(130)
     except BrokenPipeError:                        # the reader of our output left (| head)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -8,6 +8,7 @@ endless), `batch(n, draws)` -> (z0, y): z0 float32 (n, *shape), y int64 (n,) lab
 import io
 import math
 import zipfile
+import zlib
 from itertools import islice
 from pathlib import Path
 
@@ -242,8 +243,9 @@ class Parquet:
             raise UserError("reading parquet files needs the package pyarrow; install it by "
                             "pip install pyarrow") from e
         self.paths = sorted(Path(path).rglob("*.parquet"))
-        self.paths = [p for p in self.paths if "train" in p.name] or self.paths
-        self.files = []
+        self.paths = [p for p in self.paths
+                      if "train" in str(p.relative_to(path))] or self.paths
+        self.files, self.errors = [], pyarrow.ArrowException
         for p in self.paths:
             try:
                 self.files.append(pyarrow.parquet.ParquetFile(p))
@@ -260,25 +262,35 @@ class Parquet:
 
     @property
     def identity(self):
-        return [f"{p.name} {p.stat().st_size} {f.metadata.num_rows}"
-                for p, f in zip(self.paths, self.files)]
+        stats = [(p.name, p.stat()) for p in self.paths]
+        return [f"{name} {s.st_size} {s.st_mtime_ns}" for name, s in stats]
 
     def read(self, start=0):
         for path, file in zip(self.paths, self.files):
-            row = 0
-            for group in range(file.num_row_groups):       # one group in memory at a time
-                rows = file.metadata.row_group(group).num_rows
-                if start >= rows:
-                    start, row = start - rows, row + rows
-                    continue
-                for batch in file.iter_batches(64, row_groups=[group], columns=["image"]):
-                    for image in batch.column(0).to_pylist():
-                        if start:
-                            start -= 1
-                        else:
-                            yield (f"{path.name}, row {row}",
-                                   lambda image=image: image["bytes"])
-                        row += 1
+            if start >= file.metadata.num_rows:
+                start -= file.metadata.num_rows
+                continue
+            try:
+                yield from self.rows(path, file, start)
+            except (self.errors, OSError) as e:    # the footer was whole, a page is not
+                raise UserError(f"{path} is damaged ({first_line(e)}); fetch it anew") from e
+            start = 0
+
+    def rows(self, path, file, start):
+        row = 0
+        for group in range(file.num_row_groups):       # one group in memory at a time
+            rows = file.metadata.row_group(group).num_rows
+            if start >= rows:
+                start, row = start - rows, row + rows
+                continue
+            for batch in file.iter_batches(64, row_groups=[group], columns=["image"]):
+                for image in batch.column(0).to_pylist():
+                    if start:
+                        start -= 1
+                    else:
+                        content = image["bytes"] if isinstance(image, dict) else image
+                        yield f"{path.name}, row {row}", lambda content=content: content
+                    row += 1
 
 
 def wanted(path):
@@ -370,7 +382,8 @@ def decoded(images, size, start=0, workers=8):
         name, read = item
         try:
             return name, decode_image(read(), size), None
-        except (ValueError, OSError, RuntimeError, zipfile.BadZipFile, TypeError) as e:
+        except (ValueError, OSError, RuntimeError, EOFError, TypeError, zipfile.BadZipFile,
+                zlib.error) as e:
             return name, None, first_line(e)
 
     source = images.read(start)
@@ -395,12 +408,31 @@ def load(cfg, device="cpu", train=True):
         data = Images(mnist(cfg.data_dir, train)[0], device)
     else:
         from latents import open_latents           # torchvision and the autoencoder only here
-        data = open_latents(cfg, device)
+        images = open_images(cfg)
+        check_batches(cfg, images.size)            # before hours of encoding, not after
+        data = open_latents(cfg, device, images)
+    check_batches(cfg, data.size)
+    return data
+
+
+def check_batches(cfg, size):
+    """UserError where a batch is larger than the data set or cannot be shared by the processes."""
     for name in ("batch_size", "teacher_batch_size"):
-        if data.size is not None and getattr(cfg, name) > data.size:
+        if size is not None and getattr(cfg, name) > size:
             raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)} is larger than the "
-                            f"data set, which has {data.size} samples; choose a smaller one")
+                            f"data set, which has {size} samples; choose a smaller one")
         if getattr(cfg, name) % parallel.WORLD:
             raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)} does not divide by "
                             f"the {parallel.WORLD} processes; choose a multiple of their number")
-    return data
+
+
+def sample_shape(cfg):
+    """Shape of a sample of the data set that the settings name, known without opening it."""
+    if cfg.dataset in POINT_SETS:
+        return (2,)
+    if cfg.dataset == "mnist":
+        return (1, 28, 28)
+    from vae import AUTOENCODERS, FACTOR
+    with torch.device("meta"):                     # the layers alone, without weights
+        channels = AUTOENCODERS[cfg.vae][0]().channels
+    return (channels, *[cfg.image_size // FACTOR] * 2)

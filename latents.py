@@ -80,12 +80,12 @@ class Codec:
         return torch.cat([images.float().clamp(-1, 1).cpu().contiguous() for images in parts])
 
 
-def open_latents(cfg, device="cpu"):
+def open_latents(cfg, device="cpu", images=None):
     """The Latents that the settings name; encodes them first where that was not done yet.
 
     Raises UserError where images, autoencoder or disk do not suffice.
     """
-    images, codec = data.open_images(cfg), Codec(cfg, device)
+    images, codec = images or data.open_images(cfg), Codec(cfg, device)
     lines = [*images.identity, codec.key, str(cfg.image_size)]
     key = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
     stem = f"{Path(cfg.data_dir).resolve().stem}-{cfg.vae}-{cfg.image_size}"
@@ -112,10 +112,12 @@ def encode(images, codec, path, size):
     row = 2 * int(np.prod(shape))                  # bytes of an image's latents
     done = {"images": images.size, "read": 0, "rows": 0, "skipped": []}
     start = len(header(0, shape))
-    if state.exists() and part.exists():
+    try:
         found = json.loads(state.read_text())
         if part.stat().st_size >= start + found["rows"] * row:
             done = found
+    except (OSError, ValueError, KeyError, TypeError):
+        pass                                       # nothing to go on with: encode from the start
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ Velocity networks are called `model(zt, t, y=None)`. zt is (B, 2) or (B, C, H, W
 import copy
 import math
 import os
+from itertools import repeat
 
 import torch
 import torch.nn.functional as F
@@ -43,12 +44,11 @@ class Network(nn.Module):
 
     def __call__(self, z, *args):
         with torch.autocast(z.device.type, torch.bfloat16, enabled=self.bf16):
+            whole = super().__call__
             if self.pieces == 1:
-                return super().__call__(z, *args).float()
-            split = [x if x is None else x.chunk(self.pieces) for x in (z, *args)]
-            return torch.cat([self.again(super().__call__, *(x if x is None else x[i]
-                                                             for x in split)).float()
-                              for i in range(len(split[0]))])
+                return whole(z, *args).float()
+            pieces = zip(*(repeat(x) if x is None else x.chunk(self.pieces) for x in (z, *args)))
+            return torch.cat([self.again(whole, *piece).float() for piece in pieces])
 
     def again(self, function, *args):
         """function(*args), computed again in the backward pass instead of kept in memory."""

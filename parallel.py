@@ -40,9 +40,14 @@ def own(network):
 
 
 def wait():
-    """Goes on when every process has come here."""
+    """Goes on when every process has come here; ends where the first gave up and said why."""
     if dist.is_initialized():
-        dist.barrier()
+        try:
+            dist.barrier()
+        except RuntimeError as e:                  # the connection to rank 0 is gone
+            if not FIRST:
+                raise SystemExit(2) from e
+            raise
 
 
 def mean(x):

@@ -340,6 +340,8 @@ def main(argv=None):
                   f"{args.nfe[0]} NFE, {solver}")
         return
 
+    if not parallel.FIRST:                         # a picture is drawn by one process
+        return
     kind = "trajectory" if args.trajectory else name
     suffix = "" if solver == "euler" else f"-{solver}"
     out = args.out or path.parent / "samples" / f"{kind}-nfe{nfes}{suffix}-seed{args.seed}.png"

@@ -22,15 +22,6 @@ from losses import r1_penalty
 from model import CORES, choose_device, copy_of, ema_update, velocity_network
 
 
-def sample_shape(cfg):
-    """Shape of a sample, known without opening any data."""
-    if cfg.dataset in POINT_SETS:
-        return (2,)
-    if cfg.dataset == "mnist":
-        return (1, 28, 28)
-    return (autoencoders.AUTOENCODERS[cfg.vae][0]().channels, *[cfg.image_size // 8] * 2)
-
-
 def medians(functions, device, rounds, warmup=2, desc="rounds"):
     """{name: median seconds} of {name: function}, each called once a round, in turns."""
     seconds = {name: [] for name in functions}
@@ -47,7 +38,7 @@ def medians(functions, device, rounds, warmup=2, desc="rounds"):
 
 def report(cfg, rounds=7):
     """Prints the cost of a training iteration, of its parts, and of sampling."""
-    shape, device = sample_shape(cfg), choose_device(cfg)
+    shape, device = data.sample_shape(cfg), choose_device(cfg)
     ways(cfg, shape, rounds)
     if cfg.dataset not in POINT_SETS:
         parts(cfg, shape, device, rounds)

@@ -132,7 +132,7 @@ def adopt(path, own, cfg):
     if own.exists() and own.resolve() == path.resolve():
         return own
     content = checkpoint.load(path, "teacher")
-    load_teacher(path, cfg, content["shape"])      # raises where it does not fit, before the copy
+    load_teacher(path, cfg, data.sample_shape(cfg))  # raises where it does not fit, before the copy
     if own.exists() and not cfg.overwrite and not cfg.resume:
         there = checkpoint.config_of(checkpoint.load(own, "teacher"))
         if checkpoint.differences(there, checkpoint.config_of(content), teacher_fields(cfg)):

@@ -276,6 +276,11 @@ AUTOENCODERS = {                   # name: (how to build it, its published files
 # --------------------------------------------------------------------------- reading weight files
 
 
+def cached(name):
+    """Where torch.hub keeps a file of weights of that name."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / name
+
+
 def fetch(weights, file_name=None):
     """State dict of a WeightsEnum member, from torch.hub's cache or else from its URL.
 
@@ -283,17 +288,17 @@ def fetch(weights, file_name=None):
     the network fails, or where what came is not the file that its hash promises.
     """
     name = file_name or weights.meta["file_name"]
-    cached = Path(torch.hub.get_dir()) / "checkpoints" / name
-    by_hand = f"fetch {weights.url} by hand and put it at {cached}"
-    before = cached.exists()
+    path = cached(name)
+    by_hand = f"fetch {weights.url} by hand and put it at {path}"
+    before = path.exists()
     try:
         return weights.get_state_dict(progress=True, check_hash="-" in name, file_name=name,
                                       weights_only=True)
     except Exception as e:             # the network, the server, the hash, the disk, the unpickler
-        if cached.exists() and not before:
-            cached.unlink()            # an error page must not be taken for weights next time
+        if path.exists() and not before:
+            path.unlink()            # an error page must not be taken for weights next time
         if before:
-            raise UserError(f"{cached} cannot be read as weights: it is damaged or not what its "
+            raise UserError(f"{path} cannot be read as weights: it is damaged or not what its "
                             f"name says; delete it, or {by_hand}") from e
         reason = " ".join(str(e).split()) or type(e).__name__
         raise UserError(f"could not download {weights.url} ({reason[:200]}); {by_hand}, or name a "
@@ -348,13 +353,20 @@ RENAMED = [
 ]
 
 
+def named_tensors(weights):
+    """The tensors of a dictionary, whatever else a file may have put into it."""
+    return {k: v for k, v in weights.items()
+            if isinstance(k, str) and isinstance(v, torch.Tensor)}
+
+
 def diffusers_names(weights):
     """AutoencoderKL weights in any published naming -> the naming of this file (diffusers').
 
     Takes CompVis' {"state_dict": ...}, whole Stable Diffusion checkpoints ("first_stage_model."),
     old and new names of the attention, and its weights as 1x1 convolutions.
     """
-    weights = weights.get("state_dict", weights)
+    inner = weights.get("state_dict")
+    weights = named_tensors(inner if isinstance(inner, dict) else weights)
     for prefix in ("first_stage_model.", "module.", "vae."):
         own = {k[len(prefix):]: v for k, v in weights.items() if k.startswith(prefix)}
         weights = own or weights
@@ -386,7 +398,7 @@ def load(name="sd", files=()):
     if files and len(files) != len(published):
         raise UserError(f"--vae {name} takes {len(published)} --vae-weights, not {len(files)}: " + (
             "its one file" if len(published) == 1 else "its encoder and its decoder"))
-    vae, weights, sources = build(), {}, files or [w.meta["file_name"] for w in published]
+    vae, weights, sources = build(), {}, files or [cached(w.meta["file_name"]) for w in published]
     for source in (files or published):
         part = read(source) if files else fetch(source)
         if not isinstance(part, dict):
@@ -394,7 +406,7 @@ def load(name="sd", files=()):
         if name == "sd":
             weights = diffusers_names(part)
         else:
-            weights |= {f"{half}.{k}": v for half, p in tiny_names(part).items()
+            weights |= {f"{half}.{k}": v for half, p in tiny_names(named_tensors(part)).items()
                         for k, v in p.items()}
 
     own = vae.state_dict()
@@ -406,7 +418,8 @@ def load(name="sd", files=()):
         raise UserError(
             f"{', '.join(map(str, sources))} is not the {name} autoencoder: {len(missing)} of "
             f"{len(own)} tensors are missing, {len(extra)} unexpected, {len(other)} of another "
-            f"shape (first: {', '.join([*missing, *other, *extra][:3])}); {advice(name)}")
+            f"shape (first: {', '.join([*missing, *other, *extra][:3])}); "
+            + (advice(name) if files else "delete what is there, and it is downloaded anew"))
     vae.load_state_dict(weights)
     return vae.float().eval().requires_grad_(False)
 

@@ -1,4 +1,4 @@
-"""What all tests share: the path to the code, one thread, no display, the folder of MNIST."""
+"""What all tests share: the path to the code, one thread, no display, real data and weights."""
 
 import os
 import sys
@@ -14,15 +14,36 @@ torch.set_num_threads(1)
 
 
 def pytest_addoption(parser):
-    parser.addoption("--data-dir", metavar="DIR", help="folder that holds MNIST/raw "
+    parser.addoption("--data-dir", metavar="DIR", help="folder that holds MNIST/raw and "
+                     "faces256, the autoencoders' files in ../weights beside it "
                      "[$SCFLOW_TEST_DATA, else ../shared/data beside the repository]")
+
+
+def needed(request, *parts):
+    """A path below the folder of test data, with that folder; skips the test where it is absent."""
+    named = request.config.getoption("--data-dir") or os.environ.get("SCFLOW_TEST_DATA")
+    folder = Path(named or ROOT.parent / "shared" / "data").resolve()
+    path = folder.joinpath(*parts).resolve()
+    if not path.exists():
+        pytest.skip(f"there is no {path}; name the folder of data by --data-dir or "
+                    "SCFLOW_TEST_DATA")
+    return path, folder
 
 
 @pytest.fixture(scope="session")
 def mnist_dir(request):
     """The folder that holds MNIST/raw, as a Path; tests that need it are skipped without it."""
-    named = request.config.getoption("--data-dir") or os.environ.get("SCFLOW_TEST_DATA")
-    path = Path(named or ROOT.parent / "shared" / "data").resolve()
-    if not (path / "MNIST" / "raw").is_dir():
-        pytest.skip(f"no MNIST/raw in {path}; name its folder by --data-dir or SCFLOW_TEST_DATA")
-    return path
+    return needed(request, "MNIST", "raw")[1]
+
+
+@pytest.fixture(scope="session")
+def faces_dir(request):
+    """The folder of 256 x 256 JPEGs of faces, as a Path; tests that need it are skipped."""
+    return needed(request, "faces256")[0]
+
+
+@pytest.fixture(scope="session")
+def taef2_files(request):
+    """TAEF2's encoder and decoder as Paths; tests that need them are skipped without them."""
+    return tuple(needed(request, "..", "weights", f"taef2_{half}.pth")[0]
+                 for half in ("encoder", "decoder"))

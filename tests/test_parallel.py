@@ -1,0 +1,405 @@
+"""Several processes, and pieces of a batch, compute what one process computes in one piece."""
+
+import csv
+import importlib
+import io
+import multiprocessing
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import latents
+import model
+import train
+from config import make_config, run_script
+
+REPO = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def works(line):
+    """Runs "train.py --steps 3" in this process."""
+    words, before = shlex.split(line), sys.argv
+    script = importlib.import_module(Path(words[0]).stem)
+    out, err, sys.argv = io.StringIO(), io.StringIO(), words
+    try:
+        with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as stop:
+            run_script(lambda: script.main(words[1:]))
+    finally:
+        sys.argv = before
+    assert not stop.value.code, err.getvalue()
+
+
+# processes are forked from one that has imported the slow packages, but nothing of this project
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["torch", "torchvision", "torch.distributed", "matplotlib.pyplot"])
+CHILD = """
+import os, runpy, sys
+os.environ.update({env!r})
+os.chdir({cwd!r})
+for number, name in ((1, "out"), (2, "err")):
+    os.dup2(os.open(name + {env!r}["RANK"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+sys.path.insert(0, {repo!r})
+sys.argv = {words!r}
+runpy.run_path(os.path.join({repo!r}, sys.argv[0]), run_name="__main__")
+"""
+
+
+def start(line, n=2):
+    """Starts a script in n processes at once."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    env = dict(GLOO_SOCKET_IFNAME="lo", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+               WORLD_SIZE=str(n))
+    started = [FORKS.Process(target=exec, args=(CHILD.format(
+        env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, cwd=os.getcwd(), repo=str(REPO),
+        words=shlex.split(line)),)) for rank in range(n)]
+    for process in started:
+        process.start()
+    return started
+
+
+def end(started):
+    """Waits for the processes; returns their exit codes, stdout and stderr."""
+    for process in started:
+        process.join(40)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+    return [SimpleNamespace(code=process.exitcode, out=Path(f"out{rank}").read_text(),
+                            err=Path(f"err{rank}").read_text())
+            for rank, process in enumerate(started)]
+
+
+def all_work(line, n=2):
+    ended = end(start(line, n))
+    assert [e.code for e in ended] == [0] * n, "\n".join(e.err for e in ended)
+    return ended
+
+
+def read(path):
+    return torch.load(path, weights_only=True)
+
+
+def rows(path):
+    with open(path, newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def assert_equal_runs(one, other):
+    """Weights within 1e-5 and the rows of the logs within what they print."""
+    for name, states in (("teacher.pt", ["ema"]), ("student.pt", ["ema"]),
+                         ("student_resume.pt", ["student", "disc", "target", "ema"])):
+        a, b = read(Path(one) / name), read(Path(other) / name)
+        for state in states:
+            assert a[state].keys() == b[state].keys()
+            for key in a[state]:
+                torch.testing.assert_close(a[state][key], b[state][key], atol=1e-5, rtol=0,
+                                           msg=lambda m: f"{name}, {state}, {key}: {m}")
+    for name in ("teacher_log.csv", "log.csv"):
+        a, b = rows(Path(one) / name), rows(Path(other) / name)
+        assert len(a) == len(b) > 0
+        for row, same in zip(a, b):
+            for key in row.keys() - {"per_second"}:
+                if row[key] != same[key]:          # empty before a loss begins
+                    assert float(row[key]) == pytest.approx(float(same[key]), 1e-3, 2e-5), key
+
+
+# ------------------------------------------------------------------------- random numbers
+
+
+KINDS = {
+    "normal": lambda n, d: d.normal(n, 3, 2),
+    "uniform": lambda n, d: d.uniform(n),
+    "integers": lambda n, d: d.integers(1000, n),
+    "points": lambda n, d: data.Points("moons").batch(n, d)[0],
+    "images": lambda n, d: data.Images(torch.arange(256).view(64, 1, 2, 2).byte()).batch(n, d)[0],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_slices_of_all_processes_make_the_whole_draw(kind, world):
+    def drawn(n, **rank):
+        draws = data.Draws(5, stream=1, **rank)
+        draws.at(7)
+        return [KINDS[kind](n, draws) for _ in range(2)]      # twice, to see the state, too
+
+    whole = drawn(24)
+    parts = [drawn(24 // world, rank=rank, world=world) for rank in range(world)]
+    for i in range(2):
+        assert torch.equal(torch.cat([part[i] for part in parts]), whole[i])
+
+
+def test_slices_of_latents_make_the_whole_batch():
+    random = np.random.default_rng(0)
+    np.save("some.npy", random.standard_normal((9, 2, 2, 4, 2, 2)).astype(np.float16))
+    codec = SimpleNamespace(decode=None, sample=lambda mean, logvar, noise:
+                            mean + (logvar / 2).exp() * noise)
+    source = latents.Latents("some.npy", codec)
+    whole = source.batch(8, data.Draws(3, rank=0, world=1))[0]
+    parts = [source.batch(4, data.Draws(3, rank=rank, world=2))[0] for rank in (0, 1)]
+    assert torch.equal(torch.cat(parts), whole)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_draws_are_functions_of_seed_and_step(kind):
+    def drawn(seed, step, stream=0, waste=0):
+        draws = data.Draws(seed, stream)
+        draws.normal(waste)
+        draws.at(step)
+        return KINDS[kind](16, draws)
+
+    first = drawn(0, 0)
+    assert torch.equal(drawn(0, 0, waste=5), first)
+    others = [drawn(0, 1), drawn(1, 0), drawn(0, 0, stream=1), drawn(2, 0)]
+    assert not any(torch.equal(other, first) for other in others)
+
+
+def test_draws_do_not_touch_the_global_state():
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    draws = data.Draws(0)
+    KINDS["points"](8, draws), KINDS["normal"](8, draws)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# --------------------------------------------------------------------------- whole runs
+
+
+MOONS = ("--dataset moons --channels 16 --blocks 1 --disc-channels 8 --batch-size 32 "
+         "--teacher-batch-size 32 --lr-warmup 2 --steps 10 --teacher-steps 10 --n-rf 4 "
+         "--log-every 3 --preview-every 5 --save-every 4 --device cpu --threads 1")
+
+
+@pytest.fixture(scope="module")
+def moons(tmp_path_factory):
+    """runs/one by this process, runs/two by torchrun with two processes."""
+    home, before = tmp_path_factory.mktemp("moons"), Path.cwd()
+    os.chdir(home)
+    try:
+        works(f"train.py {MOONS} --out runs/one")
+        ended = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+             REPO / "train.py", *f"{MOONS} --out runs/two".split()],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+            text=True, capture_output=True, timeout=60)
+    finally:
+        os.chdir(before)
+    assert ended.returncode == 0, ended.stderr
+    return SimpleNamespace(home=home, out=ended.stdout, err=ended.stderr)
+
+
+def test_two_processes_train_what_one_trains(moons):
+    assert_equal_runs(moons.home / "runs/one", moons.home / "runs/two")
+
+
+def test_one_of_the_processes_writes_and_talks(moons):
+    names = [sorted(p.name for p in (moons.home / "runs" / run).iterdir())
+             for run in ("one", "two")]
+    assert names[0] == names[1]
+    assert moons.out.count("wrote: runs/two/student.pt") == 1
+    assert moons.err.count("Traceback") == 0
+
+
+def test_points_of_two_processes(moons):
+    shutil.copy(moons.home / "runs/one/student.pt", "student.pt")
+    line = "sample.py --checkpoint student.pt --nfe 2 --n 301 --device cpu --threads 1"
+    works(f"{line} --npz one.npz")
+    works(f"{line} --npz batches.npz --batch 77")
+    all_work(f"{line} --npz two.npz")
+    one, batches, two = (np.load(f"{name}.npz")["arr_0"] for name in ("one", "batches", "two"))
+    assert one.shape == two.shape == (301, 2) and one.dtype == two.dtype == np.float32
+    assert np.allclose(one, batches, atol=1e-5) and np.allclose(one, two, atol=1e-5)
+
+
+def test_one_process_goes_on_where_two_stopped(moons):
+    """And the other way round it is the same code."""
+    for run in ("one", "two"):
+        shutil.copytree(moons.home / "runs" / run, run)
+        works(f"train.py --dataset moons --resume --out {run} --steps 13 --threads 1")
+    assert_equal_runs("one", "two")
+
+
+def test_fewer_samples_than_processes(moons):
+    shutil.copy(moons.home / "runs/one/student.pt", "student.pt")
+    all_work("sample.py --checkpoint student.pt --nfe 1 --n 1 --npz two.npz --device cpu "
+             "--threads 1")
+    assert np.load("two.npz")["arr_0"].shape == (1, 2)
+
+
+@pytest.mark.parametrize("signalled", [(0, 1), (0,), (1,)], ids=str)
+def test_ctrl_c_stops_all_processes_after_the_same_step(signalled, moons):
+    """Whichever of them it reaches; one of them says so, and any number may go on."""
+    shutil.copytree(moons.home / "runs/one", "run")
+    started = start("train.py --dataset moons --resume --out run --steps 1000000 "
+                    "--log-every 3 --preview-every 1000000")
+    deadline = time.time() + 30
+    while int(rows("run/log.csv")[-1]["step"]) < 20 and time.time() < deadline:
+        time.sleep(0.05)
+    for rank in signalled:
+        os.kill(started[rank].pid, signal.SIGINT)
+    ended = end(started)
+    assert [e.code for e in ended] == [130, 130], ended[0].err + ended[1].err
+    assert sum(e.err.count("stopped at step") for e in ended) == 1
+    step = read("run/student_resume.pt")["step"]
+    assert step % 3 == 0 and step >= 20
+    works(f"train.py --dataset moons --resume --out run --steps {step + 2} --threads 1")
+    assert read("run/student.pt")["step"] == step + 2
+
+
+@pytest.fixture(scope="module")
+def faces(faces_dir, taef2_files, tmp_path_factory):
+    """Runs on latents of 20 faces, each encoding for itself: "one" process and "two"."""
+    home, before = tmp_path_factory.mktemp("faces"), Path.cwd()
+    (home / "faces").mkdir()
+    for path in sorted(faces_dir.glob("*.jpg"))[:20]:
+        shutil.copy(path, home / "faces" / path.name)
+    line = ("train.py --dataset folder --data-dir faces --vae taef2 --image-size 64 --model tiny "
+            "--channels 16 --disc-channels 8 --steps 4 --teacher-steps 4 --batch-size 4 "
+            "--teacher-batch-size 8 --n-rf 1 --lr-warmup 2 --log-every 1 --preview-every 100 "
+            "--precision fp32 --device cpu --threads 1 --vae-weights "
+            + " ".join(shlex.quote(str(f)) for f in taef2_files))
+    os.chdir(home)
+    try:
+        works(f"{line} --out one --latents-dir latents-one")
+        ended = all_work(f"{line} --out two --latents-dir latents-two --checkpointing")
+    finally:
+        os.chdir(before)
+    return SimpleNamespace(home=home, ended=ended)
+
+
+def test_two_processes_encode_and_train_what_one_does(faces):
+    (one,), (two,) = (list((faces.home / f"latents-{n}").glob("*.npy")) for n in ("one", "two"))
+    assert one.name == two.name and one.read_bytes() == two.read_bytes()
+    assert_equal_runs(faces.home / "one", faces.home / "two")
+    assert faces.ended[1].out == "" and faces.ended[1].err.count("Traceback") == 0
+
+
+def test_images_of_two_processes_and_of_any_batch(faces):
+    """Equal bit for bit where the same images share a batch, else up to rounding."""
+    shutil.copy(faces.home / "one/student.pt", "student.pt")
+    line = ("sample.py --checkpoint student.pt --nfe 2 --device cpu --threads 1 --precision fp32 "
+            "--n 7 --batch")
+    works(f"{line} 7 --npz whole.npz")
+    works(f"{line} 2 --npz one.npz")
+    all_work(f"{line} 2 --npz two.npz")
+    whole, one, two = (np.load(f"{name}.npz")["arr_0"] for name in ("whole", "one", "two"))
+    assert whole.shape == (7, 64, 64, 3) and whole.dtype == np.uint8
+    assert (one == two).all()
+    assert abs(whole.astype(int) - one).max() <= 1 and (whole != one).mean() < 1e-3
+    assert not list(Path().glob("*.part*"))
+
+
+# ------------------------------------------------------------------------------- bad input
+
+
+def sentence(ended, *named):
+    """The first process's one sentence, and no traceback of any."""
+    for e in ended:
+        assert e.err.count("Traceback") == 0, e.err
+    lines = [text for text in ended[0].err.splitlines() if text.startswith("train.py: ")]
+    assert ended[0].code == 2 and len(lines) == 1, ended[0].err
+    assert not [text for text in ended[1].err.splitlines() if text.startswith("train.py: ")]
+    for word in named:
+        assert word in lines[0]
+
+
+def test_a_batch_that_does_not_divide():
+    ended = end(start(f"train.py {MOONS} --batch-size 33"))
+    sentence(ended, "--batch-size 33", "2 processes")
+    assert ended[1].code == 2 and not list(Path().rglob("*.pt"))
+
+
+def test_images_that_only_the_first_process_looks_at(taef2_files):
+    """The second waits for the latents, which never come: it must end, and without a traceback."""
+    from PIL import Image
+    Path("images").mkdir()
+    for i in range(8):
+        Image.new("RGB", (40, 40), (i, 0, 0)).save(f"images/{i}.png")
+    ended = end(start("train.py --dataset folder --data-dir images --image-size 64 --vae taef2 "
+                      "--model tiny --batch-size 4 --teacher-batch-size 4 --device cpu "
+                      "--threads 1 --vae-weights " + " ".join(map(str, taef2_files))))
+    sentence(ended, "0.png is 40 x 40")
+    assert ended[1].code != 0
+
+
+# ---------------------------------------------------------------------- pieces of a batch
+
+
+def one_step(**machine):
+    """The weights after an iteration of Algorithm 1 with all losses, and its terms."""
+    cfg = make_config("mnist", channels=8, heads=2, disc_channels=8, batch_size=6, n_rf=0,
+                      precision="fp32", lr=1e-3, **machine)
+    torch.manual_seed(0)
+    shape = (1, 8, 8)
+    teacher = model.velocity_network(cfg, shape)
+    with torch.no_grad():
+        for p in teacher.parameters():
+            p.add_(0.05 * torch.randn(p.shape))    # layers that start at zero hide mistakes
+    net = train.begin(teacher, cfg, shape, torch.device("cpu"))
+    for opt in (net.opt, net.opt_disc):            # plain descent: Adam would divide by zero-ish
+        opt.param_groups[0]["eps"] = 1.0
+    draws = data.Draws(0)
+    terms = {}
+    for step in range(2):
+        draws.at(step)
+        terms = train.scflow_step(net, draws.normal(6, *shape), None, step, cfg, draws)
+    weights = {f"{n}.{k}": v for n in ("student", "target", "ema", "disc")
+               for k, v in getattr(net, n).state_dict().items()}
+    return weights, terms
+
+
+@pytest.mark.parametrize("machine", [
+    dict(grad_accum=2), dict(grad_accum=3), dict(grad_accum=4), dict(grad_accum=6),
+    dict(checkpointing=True), dict(grad_accum=2, checkpointing=True),
+    dict(grad_accum=3, checkpointing=True)], ids=str)
+def test_pieces_and_checkpointing_change_nothing(machine):
+    wanted, terms = one_step()
+    found, same = one_step(**machine)
+    for key, value in wanted.items():
+        torch.testing.assert_close(found[key], value, atol=1e-5, rtol=0,
+                                   msg=lambda m: f"{key}: {m}")
+    for name, value in terms.items():
+        assert same[name].item() == pytest.approx(value.item(), rel=1e-4, abs=1e-6), name
+    assert not torch.equal(wanted["student.out.2.weight"], wanted["target.out.2.weight"])
+
+
+def test_pieces_bound_the_memory_of_activations():
+    """What autograd keeps of a call: with pieces the inputs alone, however large the batch."""
+    def kept(**machine):
+        cfg = replace(make_config("mnist", channels=8, heads=2), precision="fp32", **machine)
+        network = model.prepare(model.velocity_network(cfg, (1, 8, 8)), cfg, torch.device("cpu"))
+        total = 0
+
+        def pack(x):
+            nonlocal total
+            total += x.numel()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            network(torch.randn(12, 1, 8, 8), torch.rand(12))
+        return total
+
+    whole = kept()
+    assert kept(grad_accum=3) < whole / 5
+    assert kept(checkpointing=True) < whole / 2
