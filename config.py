@@ -71,9 +71,9 @@ class Config:
 
     # -- student: Algorithm 1
     losses: tuple[Literal["cd", "gan", "rf", "bi"], ...] = ("cd", "gan", "rf", "bi")  # in use
-    steps: int = 4000               # iterations of distillation
+    steps: int = 6000               # iterations of distillation
     batch_size: int = 256           # samples an iteration
-    lr: float = 1e-3                # AdamW learning rate of the student
+    lr: float = 2e-3                # AdamW learning rate of the student
     disc_lr: float = 2e-3           # AdamW learning rate of the discriminator
     betas: tuple[float, ...] = (0.9, 0.999)  # the student's AdamW: memory of gradient and square
     disc_betas: tuple[float, ...] = (0.0, 0.99)  # the discriminator's AdamW, the same two
@@ -83,14 +83,14 @@ class Config:
     t_skip: float = 0.1             # longest step of the teacher (Algorithm 2)
     truncation: Literal["landing", "current"] = "landing"  # t_trunc is held against t_lo, or t
     metric: Literal["pseudo-huber", "l2"] = "pseudo-huber"  # distance in CD and BI
-    huber_c: float = 0.2            # pseudo-Huber's c: quadratic below this difference
+    huber_c: float = 0.4            # pseudo-Huber's c: quadratic below this difference
     mu: float = 0.9                 # decay of theta~, the average that CD and BI aim at
     ema: float = 0.998              # decay of the average that is sampled from
     l_gan: float = 3.0              # weight of the GAN loss (Eq. 7)
-    l_rf: float = 8.0               # weight of the reflow loss (Eq. 9)
-    l_bi: float = 0.3               # weight of the bidirectional loss (Eq. 10)
+    l_rf: float = 6.0               # weight of the reflow loss (Eq. 9)
+    l_bi: float = 0.05              # weight of the bidirectional loss (Eq. 10)
     n_gan: int = 0                  # first iteration with the GAN
-    n_rf: int = 500                 # first iteration with reflow
+    n_rf: int = 1000                # first iteration with reflow
     n_bi: int = 0                   # first iteration with the bidirectional loss
     r1: float = 0.1                 # gamma of R1, (gamma / 2) E || grad D(z0) ||^2; 0 leaves it out
 
