@@ -154,7 +154,7 @@ def resumed(cfg, given, folder):
     if clash := differences(cfg, there, [name for name in given if name not in free]):
         raise UserError(f"--resume goes on with the settings saved in {found[0]}; these differ: "
                         f"{clash}; leave them out, or start anew with --overwrite or another --out")
-    return replace(there, **{name: value for name, value in given.items() if name in free})
+    return replace(there, **{name: getattr(cfg, name) for name in given if name in free})
 
 
 def make_folder(path):

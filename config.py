@@ -67,7 +67,7 @@ class Config:
     teacher_lr: float = 4e-3        # AdamW learning rate
     teacher_batch_size: int = 512   # samples an iteration
     teacher_ema: float = 0.995      # decay of the weights' average, which is the teacher
-    teacher_checkpoint: str = ""    # distil from this teacher.pt; empty: the run's own
+    teacher_checkpoint: str = ""    # distil from this teacher.pt, or from LFM's model_480.pth
 
     # -- student: Algorithm 1
     losses: tuple[Literal["cd", "gan", "rf", "bi"], ...] = ("cd", "gan", "rf", "bi")  # in use
@@ -163,6 +163,14 @@ CIRCUMSTANCES = ("data_dir", "download", "out", "resume", "overwrite", "device",
 def teacher_fields(cfg):
     """TEACHER_FIELDS, and for images of the user's own also where they lie."""
     return TEACHER_FIELDS + (("data_dir",) if cfg.dataset in LATENT_SETS else ())
+
+
+ABOUT_CELEBAHQ = (
+    "celebahq: pretraining the paper's teacher takes 120,500 iterations of batch 112 through 153 M "
+    "parameters, days on a large GPU. It is published by LFM as model_480.pth (Google Drive id "
+    "1AIuMr5Ewti6_wQAJdM9elsrERwrxI9Sb, which the package gdown fetches); --teacher-checkpoint "
+    "model_480.pth distils from it at once. The students of --model small and tiny need a teacher "
+    "of their own size, which train.py pretrains.")
 
 
 class UserError(Exception):
@@ -288,7 +296,8 @@ def add_field_flags(parser, names=None):
 
 def parse_config(description, argv=None):
     """Command line -> (Config, the fields that were given on it)."""
-    parser = Parser(description=description, usage="%(prog)s [flags]", allow_abbrev=False)
+    parser = Parser(description=description, epilog=ABOUT_CELEBAHQ, usage="%(prog)s [flags]",
+                    allow_abbrev=False)
     add_field_flags(parser)
     given = vars(parser.parse_args(argv))
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
@@ -307,6 +316,11 @@ def run_script(main):
     except KeyboardInterrupt as e:                 # training's own says how to go on
         fail("\n" + script, str(e) or "interrupted")
         sys.exit(130)
+    except (MemoryError, RuntimeError) as e:       # PyTorch's own is a RuntimeError
+        if not isinstance(e, MemoryError) and "memory" not in str(e):
+            raise
+        sys.exit(fail(script, "the memory did not suffice; choose a smaller --batch-size or network"
+                      ", or --grad-accum and --checkpointing where there is a UNet"))
     except BrokenPipeError:                        # the reader of our output left (| head)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)

@@ -403,8 +403,8 @@ def choose_device(cfg):
         name = f"cuda:{parallel.LOCAL_RANK}"
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as e:
+        torch.empty(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
         raise UserError(f"this machine has no device {name!r}; --device cpu always works") from e
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -22,7 +22,7 @@ from losses import r1_penalty
 from model import CORES, choose_device, copy_of, ema_update, velocity_network
 
 
-def medians(functions, device, rounds, warmup=2, desc="rounds"):
+def medians(functions, device, rounds, warmup=1, desc="rounds"):
     """{name: median seconds} of {name: function}, each called once a round, in turns."""
     seconds = {name: [] for name in functions}
     for i in tqdm(range(rounds + warmup), desc=desc):
@@ -36,12 +36,14 @@ def medians(functions, device, rounds, warmup=2, desc="rounds"):
     return {name: statistics.median(s) for name, s in seconds.items()}
 
 
-def report(cfg, rounds=7):
+def report(cfg):
     """Prints the cost of a training iteration, of its parts, and of sampling."""
     shape, device = data.sample_shape(cfg), choose_device(cfg)
+    rounds = 5 if cfg.dataset in LATENT_SETS else 7
     ways(cfg, shape, rounds)
     if cfg.dataset not in POINT_SETS:
-        parts(cfg, shape, device, rounds)
+        for precision in ("fp32", "bf16"):
+            parts(replace(cfg, precision=precision), shape, device, rounds)
         sampling(cfg, shape, device)
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated() / 2**30
@@ -144,7 +146,7 @@ def parts(cfg, shape, device, rounds):
     if cfg.dataset in LATENT_SETS:
         codec, images = random_codec(cfg, device), torch.rand(
             cfg.batch_size, 3, cfg.image_size, cfg.image_size) * 2 - 1
-        (seconds,) = medians({"encode": lambda: codec.encode(images)}, device, 3, 1).values()
+        (seconds,) = medians({"encode": lambda: codec.encode(images)}, device, 3).values()
         print(f"{'encoding the batch, were it not cached':<34} {1000 * seconds:9.1f} ms   "
               f"({cfg.vae}) an iteration would take {1 + seconds / times[whole]:.2f} times as long")
 
@@ -170,7 +172,7 @@ def sampling(cfg, shape, device, n=None):
     if cfg.dataset in LATENT_SETS:
         codec, z0 = random_codec(cfg, device), torch.randn(n, *shape)
         functions["decode"] = lambda: codec.decode(z0)
-    times = medians(functions, device, 3, 1)
+    times = medians(functions, device, 3)
     decode = times.pop("decode", None)
     print(f"\n{cfg.dataset}: images a second, {n} at a time")
     for name, seconds in times.items():
