@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 import parallel
-from config import ARCHITECTURE, CIRCUMSTANCES, Config, UserError, flag, make_config
+from config import ARCHITECTURE, CIRCUMSTANCES, Config, UserError, flag, make_config, words
 
 VERSION = 1
 
@@ -120,9 +120,7 @@ def config_of(content):
 
 def differences(a, b, names):
     """The settings of `names` in which two Configs differ, as words: "--lr 0.1 (there: 0.001)"."""
-    def word(value):
-        return " ".join(map(str, value)) if isinstance(value, tuple) else value
-    return ", ".join(f"{flag(n)} {word(getattr(a, n))} (there: {word(getattr(b, n))})"
+    return ", ".join(f"{flag(n)} {words(getattr(a, n))} (there: {words(getattr(b, n))})"
                      for n in names if getattr(a, n) != getattr(b, n))
 
 

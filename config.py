@@ -266,10 +266,15 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} ({self.prog} --help lists the flags)\n")
 
 
+def words(value):
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
 def add_field_flags(parser, names=None):
     """One flag a field of Config, absent from the result where it was not given."""
     comments, sections = field_comments()
     hints, groups = typing.get_type_hints(Config), {}
+    presets = {"mnist": PRESETS["mnist"], "latents": LATENTS | MODELS["paper"]}
     for f in fields(Config):
         if names is not None and f.name not in names:
             continue
@@ -281,9 +286,10 @@ def add_field_flags(parser, names=None):
             kind, many = typing.get_args(kind)[0], {"nargs": "*" if f.name != "losses" else "+"}
         if typing.get_origin(kind) is Literal:
             many["choices"], kind = typing.get_args(kind), str
-        default = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
-        others = "".join(f"; {d}: {v[f.name]}" for d, v in PRESETS.items() if f.name in v)
-        shown = f" [{default}{others}]" if default not in ("", False) or others else ""
+        others = "".join(f"; {d}: {words(v[f.name])}" for d, v in presets.items()
+                         if v.get(f.name, f.default) != f.default)
+        default = words(f.default)
+        shown = f" [{default}{others}]" if default not in ("", "False") or others else ""
         text = (comments[f.name] + shown).replace("%", "%%")
         if kind is bool:
             groups[section].add_argument(flag(f.name), action="store_true",

@@ -69,7 +69,8 @@ def grid(path, rows, columns=None, title=None):
                     last = columns and ax is line[-1] and columns[-1] == "data"
                     draw_points(ax, cell, COLOURS["data" if last else colour])
                 else:
-                    ax.imshow(as_image(cell), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+                    ax.imshow(as_image(cell), cmap="gray", vmin=0, vmax=1,
+                              interpolation=None if large else "nearest")
         for ax, text in zip(axes[0], columns or []):
             ax.set_title(text)
         if title:
