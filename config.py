@@ -71,7 +71,7 @@ class Config:
 
     # -- student: Algorithm 1
     losses: tuple[Literal["cd", "gan", "rf", "bi"], ...] = ("cd", "gan", "rf", "bi")  # in use
-    steps: int = 6000               # iterations of distillation
+    steps: int = 5000               # iterations of distillation
     batch_size: int = 256           # samples an iteration
     lr: float = 2e-3                # AdamW learning rate of the student
     disc_lr: float = 2e-3           # AdamW learning rate of the discriminator
@@ -83,7 +83,7 @@ class Config:
     t_skip: float = 0.1             # longest step of the teacher (Algorithm 2)
     truncation: Literal["landing", "current"] = "landing"  # t_trunc is held against t_lo, or t
     metric: Literal["pseudo-huber", "l2"] = "pseudo-huber"  # distance in CD and BI
-    huber_c: float = 0.4            # pseudo-Huber's c: quadratic below this difference
+    huber_c: float = 0.2            # pseudo-Huber's c: quadratic below this difference
     mu: float = 0.9                 # decay of theta~, the average that CD and BI aim at
     ema: float = 0.998              # decay of the average that is sampled from
     l_gan: float = 3.0              # weight of the GAN loss (Eq. 7)
