@@ -1058,7 +1058,10 @@ def test_a_point_network_equals_its_formula():
     net = shaken(model.MLP(2, 16, 2, 10.0, num_classes=3), 0)
     w, z, t = net.state_dict(), normal(POINTS, dtype=torch.float32), times(dtype=torch.float32)
     y = torch.tensor([0, 1, 2, 3, 0, 1])
-    h = torch.cat([z, reference_time(t, 32, 10.0)], 1) @ w["first.weight"].T + w["first.bias"]
+    waves = [wave(k * z[:, i : i + 1])             # both sines before both cosines, k fastest
+             for wave in (torch.sin, torch.cos) for i in range(2) for k in (1, 2, 4, 8)]
+    features = torch.cat([z, *waves, reference_time(t, 32, 10.0)], 1)
+    h = features @ w["first.weight"].T + w["first.bias"]
     h = h + w["label_emb.weight"][y]
     for i in range(2):
         h = F.silu(h) @ w[f"hidden.{i}.weight"].T + w[f"hidden.{i}.bias"]

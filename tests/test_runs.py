@@ -329,7 +329,7 @@ BAD = [
     ("sample.py --n 9 --npz runs/moons/log.csv/new.npz", "runs/moons/log.csv/new.npz"),
     # resuming
     ("train.py --dataset spirals --resume", "nothing to resume", "runs/spirals"),
-    (f"train.py {MOONS} --lr 0.5 --resume", "--lr 0.5", "there: 0.001"),
+    (f"train.py {MOONS} --lr 0.5 --resume", "--lr 0.5", "there: 0.002"),
     ("train.py --dataset spirals --out runs/moons --resume", "--dataset spirals"),
     # what is not there yet
     ("train.py --dataset celebahq", "data/celebahq", "--download", "--data-dir"),
@@ -404,7 +404,7 @@ def test_a_finished_student_of_the_same_settings(moons):
 
 def test_a_finished_student_of_other_settings(moons, no_pictures):
     before = files()
-    refused(f"train.py {MOONS} --lr 0.002", "student.pt", "--lr 0.002 (there: 0.001)",
+    refused(f"train.py {MOONS} --lr 0.003", "student.pt", "--lr 0.003 (there: 0.002)",
             "--overwrite", "--out")
     assert files() == before
 
