@@ -247,9 +247,10 @@ class Log:
         if not self.waiting:
             return
         first, found = self.step - len(self.waiting) + 1, {}
+        every = torch.stack([term for terms in self.waiting for term in terms.values()])
+        values = iter(parallel.mean(every).tolist())
         for i, terms in enumerate(self.waiting):
-            values = parallel.mean(torch.stack(list(terms.values())))
-            for name, value in zip(terms, values.tolist()):
+            for name, value in zip(terms, values):
                 if not math.isfinite(value):
                     raise UserError(f"{name} became {value} at step {first + i}, so the run "
                                     "stopped; what was saved before is kept. Lower the learning "

@@ -21,6 +21,7 @@ import parallel
 POINT_SETS = ("8gaussians", "moons", "checkerboard", "spirals")
 LATENT_SETS = ("celebahq", "folder")                   # images that an autoencoder encodes first
 DATASETS = (*POINT_SETS, "mnist", *LATENT_SETS)
+FACTOR = 8                                             # pixels a side of one latent's
 
 
 @dataclass(frozen=True)
@@ -153,11 +154,12 @@ TEACHER_FIELDS = (
 )
 ARCHITECTURE = ("channels", "mult", "blocks", "attention", "heads", "time_scale", "patch_size",
                 "num_classes")
+# the machine's part, which sampling and evaluation have, too
+MACHINE = ("device", "precision", "channels_last", "threads")
 # these say where and how a run happens, not what comes out of it
-CIRCUMSTANCES = ("data_dir", "download", "out", "resume", "overwrite", "device", "precision",
-                 "channels_last", "compile", "threads", "grad_accum", "checkpointing",
-                 "vae_weights", "latents_dir", "model", "preset", "teacher_checkpoint",
-                 "log_every", "save_every", "preview_every")
+CIRCUMSTANCES = (*MACHINE, "data_dir", "download", "out", "resume", "overwrite", "compile",
+                 "grad_accum", "checkpointing", "vae_weights", "latents_dir", "model", "preset",
+                 "teacher_checkpoint", "log_every", "save_every", "preview_every")
 
 
 def teacher_fields(cfg):
@@ -224,8 +226,8 @@ def check(cfg):
     for name in ("betas", "disc_betas"):
         if len(getattr(cfg, name)) != 2 or not all(0 <= b < 1 for b in getattr(cfg, name)):
             raise UserError(f"{flag(name)} takes two numbers from 0 to below 1, as 0.9 0.999")
-    if cfg.image_size % 8:
-        raise UserError(f"--image-size {cfg.image_size} does not divide by 8, which the "
+    if cfg.image_size % FACTOR:
+        raise UserError(f"--image-size {cfg.image_size} does not divide by {FACTOR}, which the "
                         "autoencoders need")
     if "cd" not in cfg.losses:
         raise UserError("--losses must contain cd; the others correct it and do not stand alone")

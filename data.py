@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 import parallel
-from config import POINT_SETS, UserError
+from config import FACTOR, POINT_SETS, UserError, flag
 
 
 def step_seed(seed, step, stream=0):
@@ -419,10 +419,10 @@ def check_batches(cfg, size):
     """UserError where a batch is larger than the data set or cannot be shared by the processes."""
     for name in ("batch_size", "teacher_batch_size"):
         if size is not None and getattr(cfg, name) > size:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)} is larger than the "
+            raise UserError(f"{flag(name)} {getattr(cfg, name)} is larger than the "
                             f"data set, which has {size} samples; choose a smaller one")
         if getattr(cfg, name) % parallel.WORLD:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)} does not divide by "
+            raise UserError(f"{flag(name)} {getattr(cfg, name)} does not divide by "
                             f"the {parallel.WORLD} processes; choose a multiple of their number")
 
 
@@ -432,7 +432,7 @@ def sample_shape(cfg):
         return (2,)
     if cfg.dataset == "mnist":
         return (1, 28, 28)
-    from vae import AUTOENCODERS, FACTOR
+    from vae import AUTOENCODERS
     with torch.device("meta"):                     # the layers alone, without weights
         channels = AUTOENCODERS[cfg.vae][0]().channels
     return (channels, *[cfg.image_size // FACTOR] * 2)

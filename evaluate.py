@@ -16,8 +16,8 @@ from tqdm import trange
 import checkpoint
 import data
 import sample
-from config import (DATASETS, LATENT_SETS, TEACHER_FIELDS, Parser, UserError, add_field_flags,
-                    make_config, run_script)
+from config import (DATASETS, LATENT_SETS, MACHINE, TEACHER_FIELDS, Parser, UserError,
+                    add_field_flags, make_config, run_script)
 
 
 # ----------------------------------------------------------------------------------- distances
@@ -185,7 +185,7 @@ def table(rows, floor):
         for i, line in enumerate(lines))
 
 
-TIMED = ("device", "precision", "channels_last", "threads", "model", "vae", "batch_size")
+TIMED = (*MACHINE, "model", "vae", "batch_size")
 
 
 def main(argv=None):
@@ -213,7 +213,7 @@ def main(argv=None):
             raise UserError(f"--{name} {getattr(args, name)} is too few; it must be at least 2")
     if min(args.nfe) < 1 or args.seed < 0:
         raise UserError("--nfe must be at least 1 and --seed not negative")
-    cfg = make_config(**{k: v for k, v in vars(args).items() if k in ("data_dir", *TIMED[:4])})
+    cfg = make_config(**{k: v for k, v in vars(args).items() if k in ("data_dir", *MACHINE)})
 
     paths = [Path(p) for p in args.checkpoint or [sample.find_student(args.dataset)]]
     opened = [sample.open_network(path, cfg) for path in paths]

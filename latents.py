@@ -20,8 +20,8 @@ from tqdm import tqdm
 import data
 import parallel
 import vae as autoencoders
-from config import UserError
-from model import fast_bf16
+from config import FACTOR, UserError
+from model import wants_bf16
 
 AT_A_TIME = 16                     # images that are encoded or decoded together
 
@@ -51,16 +51,14 @@ class Latents:
 class Codec:
     """An autoencoder on its device: images in batches, in bf16 and NHWC where that is faster."""
 
-    def __init__(self, cfg, device="cpu"):
-        self.vae = autoencoders.load(cfg.vae, cfg.vae_weights)
-        self.key = autoencoders.fingerprint(self.vae)
-        self.vae.to(device, memory_format=torch.channels_last)
-        self.device, self.sample = torch.device(device), self.vae.sample
-        self.bf16 = cfg.precision == "bf16" or cfg.precision == "auto" and fast_bf16(self.device)
+    def __init__(self, vae, cfg, device="cpu"):
+        self.vae, self.device = vae, torch.device(device)
+        self.sample, self.bf16 = vae.sample, wants_bf16(cfg, self.device)
+        vae.to(device, memory_format=torch.channels_last)
 
     @torch.no_grad()
     def run(self, function, x):
-        """function over the batches of x, on the device; a tensor, or a tuple of them."""
+        """What function gives for each of the batches of x, on the device, as a list."""
         parts = []
         for part in x.split(AT_A_TIME):
             part = part.to(self.device, memory_format=torch.channels_last)
@@ -85,8 +83,9 @@ def open_latents(cfg, device="cpu", images=None):
 
     Raises UserError where images, autoencoder or disk do not suffice.
     """
-    images, codec = images or data.open_images(cfg), Codec(cfg, device)
-    lines = [*images.identity, codec.key, str(cfg.image_size)]
+    images, vae = images or data.open_images(cfg), autoencoders.load(cfg.vae, cfg.vae_weights)
+    lines = [*images.identity, autoencoders.fingerprint(vae), str(cfg.image_size)]
+    codec = Codec(vae, cfg, device)
     key = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
     stem = f"{Path(cfg.data_dir).resolve().stem}-{cfg.vae}-{cfg.image_size}"
     path = Path(cfg.latents_dir) / f"{stem}-{key}.npy"
@@ -108,7 +107,8 @@ def encode(images, codec, path, size):
     more than 1 %, or where the disk has no room.
     """
     state, part = path.with_suffix(".json"), path.with_suffix(".part")
-    shape = (2, 2 if codec.vae.stochastic else 1, codec.vae.channels, *[size // 8] * 2)
+    side, moments = size // FACTOR, 2 if codec.vae.stochastic else 1
+    shape = (2, moments, codec.vae.channels, side, side)
     row = 2 * int(np.prod(shape))                  # bytes of an image's latents
     done = {"images": images.size, "read": 0, "rows": 0, "skipped": []}
     start = len(header(0, shape))
@@ -160,7 +160,7 @@ def encode(images, codec, path, size):
 def append(file, batch, codec, done, state, start, shape):
     """Encodes a batch of pixels to the end of the file, then notes in `state` how far it came."""
     if batch:
-        x = autoencoders.to_images(torch.stack(batch))
+        x = data.from_uint8(torch.stack(batch))
         both = [codec.encode(v) for v in (x, x.flip(-1))]
         rows = torch.stack(both, dim=1).half()     # (n, 2, P, C, h, w)
         file.write(rows.numpy().tobytes())

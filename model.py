@@ -404,7 +404,7 @@ def choose_device(cfg):
     try:
         device = torch.device(name)
         torch.empty(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
+    except (RuntimeError, AssertionError, NotImplementedError) as e:   # each device its own
         raise UserError(f"this machine has no device {name!r}; --device cpu always works") from e
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -427,9 +427,15 @@ def prepare(network, cfg, device):
         network.pieces, network.checkpointing = cfg.grad_accum, cfg.checkpointing
     if cfg.compile and isinstance(network, (MLP, UNet)):
         network.compile()
-    auto = cfg.precision == "auto" and not points and fast_bf16(device)
-    network.bf16 = cfg.precision == "bf16" or auto
+    network.bf16 = wants_bf16(cfg, device)
     return network
+
+
+def wants_bf16(cfg, device):
+    """Whether the settings ask for bf16; `auto` does for images, where the device is fast at it."""
+    points = cfg.dataset in POINT_SETS
+    return cfg.precision == "bf16" or (
+        cfg.precision == "auto" and not points and fast_bf16(device))
 
 
 def fast_bf16(device):

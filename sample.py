@@ -17,8 +17,8 @@ from tqdm import tqdm
 import checkpoint
 import parallel
 import plots
-from config import (DATASETS, LATENT_SETS, Parser, UserError, add_field_flags, make_config,
-                    run_script)
+from config import (DATASETS, FACTOR, LATENT_SETS, MACHINE, Parser, UserError,
+                    add_field_flags, make_config, run_script)
 from data import to_uint8
 from losses import expand, interpolate
 from model import choose_device, copy_of, prepare, velocity_network
@@ -97,7 +97,6 @@ def stochastic(model, z, nfe, y=None, path=None, renoise=torch.randn_like):
     return z
 
 
-MACHINE = ("device", "precision", "channels_last", "threads", "vae_weights")
 SOLVERS = {"euler": euler, "heun": heun, "stochastic": stochastic}
 
 
@@ -205,7 +204,7 @@ def open_network(path, cfg):
 def machine_of(cfg, content):
     """The settings of a checkpoint, with the machine's part (and the autoencoder) from cfg."""
     own = replace(checkpoint.config_of(content), compile=False, grad_accum=1, **{
-        name: getattr(cfg, name) for name in ("device", "precision", "channels_last", "threads")})
+        name: getattr(cfg, name) for name in MACHINE})
     return replace(own, vae_weights=cfg.vae_weights) if cfg.vae_weights else own
 
 
@@ -214,8 +213,9 @@ def open_decoder(content, cfg):
     own = machine_of(cfg, content)
     if own.dataset not in LATENT_SETS:
         return same
-    from latents import Codec
-    return Codec(own, choose_device(own)).decode
+    from latents import Codec                      # points need neither, and start faster
+    from vae import load
+    return Codec(load(own.vae, own.vae_weights), own, choose_device(own)).decode
 
 
 def save_npz(path, samples, n, shape):
@@ -275,7 +275,7 @@ def parse(argv=None):
                     "path (Figure 4: --nfe 10; Figure 7: --nfe 4 --no-teacher)")
     to.add_argument("--npz", metavar="FILE", help="raw samples, arr_0, instead of a picture")
     to.add_argument("--out", metavar="FILE", help="the picture [samples/ beside the checkpoint]")
-    add_field_flags(parser, MACHINE)
+    add_field_flags(parser, (*MACHINE, "vae_weights"))
     args = parser.parse_args(argv)
     for flag, low in (("nfe", 1), ("n", 1), ("batch", 1), ("seed", 0)):
         values = getattr(args, flag)
@@ -297,7 +297,7 @@ def parse(argv=None):
 def main(argv=None):
     args = parse(argv)
     machine = {k: tuple(v) if isinstance(v, list) else v
-               for k, v in vars(args).items() if k in MACHINE}
+               for k, v in vars(args).items() if k in (*MACHINE, "vae_weights")}
     cfg, path = make_config(**machine), Path(args.checkpoint or find_student(args.dataset))
     beside = path.with_name("teacher.pt")
     wanted = [beside] if args.teacher else [path]
@@ -332,9 +332,8 @@ def main(argv=None):
                 yield i, decode(draw(network, shape, min(batch, mine.stop - i), args.nfe[0],
                                      args.seed, solver, batch, device, first=i))
 
-        factor = 1 if decode is same else 8         # every autoencoder here is f8
-        save_npz(args.npz, batches(), n, shape if factor == 1 else
-                 (3, factor * shape[1], factor * shape[2]))
+        size = FACTOR * shape[-1]
+        save_npz(args.npz, batches(), n, shape if decode is same else (3, size, size))
         if parallel.FIRST:
             print(f"wrote {args.npz}: {n} samples of the {name} in {wanted[-1]}, "
                   f"{args.nfe[0]} NFE, {solver}")

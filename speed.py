@@ -154,21 +154,15 @@ def parts(cfg, shape, device, rounds):
 def random_codec(cfg, device):
     """The autoencoder of the settings with random weights: its time is that of the real one."""
     from latents import Codec
-    build, before = autoencoders.AUTOENCODERS[cfg.vae][0], autoencoders.load
-    autoencoders.load = lambda *_: build().eval().requires_grad_(False)
-    try:
-        return Codec(cfg, device)
-    finally:
-        autoencoders.load = before
+    return Codec(autoencoders.AUTOENCODERS[cfg.vae][0]().eval().requires_grad_(False), cfg, device)
 
 
-def sampling(cfg, shape, device, n=None):
+def sampling(cfg, shape, device):
     """Prints images a second by Euler, and the decoder's share of the time."""
     network = train.begin(copy_of(velocity_network(cfg, shape)), cfg, shape, device).ema
-    n = n or (cfg.batch_size if cfg.dataset in LATENT_SETS else 256)
+    n = cfg.batch_size if cfg.dataset in LATENT_SETS else 256
     functions = {f"{k} NFE": lambda k=k: sample.draw(network, shape, n, k, batch=n, device=device)
                  for k in (1, 2, 4, 50)}
-    decode = None
     if cfg.dataset in LATENT_SETS:
         codec, z0 = random_codec(cfg, device), torch.randn(n, *shape)
         functions["decode"] = lambda: codec.decode(z0)

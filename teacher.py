@@ -132,7 +132,7 @@ def adopt(path, own, cfg):
     if own.exists() and own.resolve() == path.resolve():
         return own
     content = checkpoint.load(path, "teacher")
-    load_teacher(path, cfg, data.sample_shape(cfg))  # raises where it does not fit, before the copy
+    network_of(content, path, cfg, data.sample_shape(cfg))   # raises before the copy
     if own.exists() and not cfg.overwrite and not cfg.resume:
         there = checkpoint.config_of(checkpoint.load(own, "teacher"))
         if checkpoint.differences(there, checkpoint.config_of(content), teacher_fields(cfg)):
@@ -145,7 +145,11 @@ def adopt(path, own, cfg):
 
 def load_teacher(path, cfg, shape):
     """The frozen teacher network of a teacher.pt; UserError where it does not fit the run."""
-    content = checkpoint.load(path, "teacher")
+    return network_of(checkpoint.load(path, "teacher"), path, cfg, shape)
+
+
+def network_of(content, path, cfg, shape):
+    """load_teacher for a checkpoint that is read already."""
     trained_on = content["config"]["dataset"]
     if tuple(content["shape"]) != tuple(shape) or trained_on != cfg.dataset:
         raise UserError(f"{path} was trained on {trained_on}, samples of shape "

@@ -21,17 +21,11 @@ from torch import nn
 from torchvision.models import Weights, WeightsEnum
 
 from config import UserError
-
-FACTOR = 8                         # every autoencoder here makes one latent pixel of 8 x 8
-
-
-def to_images(pixels):
-    """The preprocessing of all these weights: uint8 (..., 3, H, W) -> float32 in [-1, 1]."""
-    return pixels.float() / 127.5 - 1
+from data import from_uint8
 
 
 def entry(url, **meta):
-    return Weights(url=url, transforms=lambda: to_images, meta=meta)
+    return Weights(url=url, transforms=lambda: from_uint8, meta=meta)
 
 
 HUB = "https://huggingface.co/stabilityai/sd-vae-ft-mse/resolve/main"

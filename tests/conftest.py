@@ -1,4 +1,4 @@
-"""What all tests share: the path to the code, one thread, no display, real data and weights."""
+"""What all tests share: path to the code, one thread, no display, folders, data and weights."""
 
 import os
 import sys
@@ -11,6 +11,7 @@ os.environ["MPLBACKEND"] = "Agg"
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
+pytest.register_assert_rewrite("running")          # its asserts explain themselves, too
 
 
 def pytest_addoption(parser):
@@ -47,3 +48,18 @@ def taef2_files(request):
     """TAEF2's encoder and decoder as Paths; tests that need them are skipped without them."""
     return tuple(needed(request, "..", "weights", f"taef2_{half}.pth")[0]
                  for half in ("encoder", "decoder"))
+
+
+@pytest.fixture
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    """Runs go to ./runs and latents to ./latents; files name this fixture in `pytestmark`."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Pictures cost more than a tiny run does; most tests are not about them."""
+    def touch(path, *args, **more):
+        Path(path).touch()
+    monkeypatch.setattr("sample.strips", touch)
+    monkeypatch.setattr("plots.losses", touch)

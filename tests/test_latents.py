@@ -4,15 +4,12 @@ Most tests take an autoencoder of one line, the mean of 8 x 8 pixels; the last o
 """
 
 import errno
-import importlib
 import io
 import os
 import resource
 import shlex
 import shutil
-import sys
 import zipfile
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,13 +25,13 @@ import config
 import data
 import latents
 import model
-import plots
 import sample
 import vae
-from config import UserError, make_config, run_script
+from config import UserError, make_config
 from data import decode_image
+from running import call, copy_faces, read, refused, works
 
-
+pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 CPU = "--device cpu --threads 1"
 
 
@@ -61,59 +58,12 @@ class Pooling(nn.Module):
         return F.interpolate(colours, scale_factor=8.0)
 
 
-@pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)                    # runs and latents go to ./runs and ./latents
-
-
 @pytest.fixture
 def pooling(monkeypatch):
     """`vae.load` gives this network instead of a real one."""
     network = Pooling()
     monkeypatch.setattr(vae, "load", lambda name="sd", files=(): network)
     return network
-
-
-@pytest.fixture
-def no_pictures(monkeypatch):
-    def touch(path, *args, **more):
-        Path(path).touch()
-    monkeypatch.setattr(sample, "strips", touch)
-    monkeypatch.setattr(plots, "losses", touch)
-
-
-def call(line, *more):
-    """Runs "train.py --steps 3" in this process; returns its exit code, stdout and stderr."""
-    words = [*shlex.split(line), *map(str, more)]
-    script = importlib.import_module(Path(words[0]).stem)
-    out, err, before = io.StringIO(), io.StringIO(), sys.argv
-    sys.argv = words
-    try:
-        with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as stop:
-            run_script(lambda: script.main(words[1:]))
-    finally:
-        sys.argv = before
-    return SimpleNamespace(code=stop.value.code or 0, out=out.getvalue(), err=err.getvalue())
-
-
-def works(line, *more):
-    ended = call(line, *more)
-    assert ended.code == 0, ended.err
-    return ended.out
-
-
-def refused(line, *named):
-    """The one sentence with which a script stops; it must hold all of `named`."""
-    ended = call(line)
-    lines = [text for text in ended.err.splitlines() if text.strip() and "%|" not in text]
-    assert ended.code == 2, ended.out + ended.err
-    assert len(lines) == 1 and lines[0].startswith(line.split()[0] + ": "), ended.err
-    for word in named:
-        assert str(word) in lines[0], f"{word!r} is not in: {lines[0]}"
-
-
-def read(path):
-    return torch.load(path, weights_only=True)
 
 
 # -------------------------------------------------------------------------------- decoding
@@ -405,7 +355,7 @@ def test_the_file_holds_moments_of_images_and_mirror_images(stochastic, pooling)
 
     pixels = torch.stack([decode_image(c, 32) for c in contents(Path("images"))])
     for mirrored in (0, 1):
-        x = vae.to_images(pixels.flip(-1) if mirrored else pixels)
+        x = data.from_uint8(pixels.flip(-1) if mirrored else pixels)
         wanted = torch.stack([m for m in pooling.encode(x) if m is not None], dim=1)
         assert np.array_equal(array[:, mirrored], wanted.half().numpy())
 
@@ -448,10 +398,10 @@ def uninterrupted(pooling):
     return the_file("whole").read_bytes()
 
 
-@pytest.mark.parametrize("call, kept", [(1, 0), (2, 0), (3, 16), (8, 48), (14, 96)])
-def test_an_interrupted_encoding_goes_on(call, kept, uninterrupted, monkeypatch):
+@pytest.mark.parametrize("nth, kept", [(1, 0), (2, 0), (3, 16), (8, 48), (14, 96)])
+def test_an_interrupted_encoding_goes_on(nth, kept, uninterrupted, monkeypatch):
     with monkeypatch.context() as patch:
-        Stopped(patch, call)
+        Stopped(patch, nth)
         with pytest.raises(KeyboardInterrupt):
             latents.open_latents(settings())
     assert not list(Path("latents").glob("*.npy"))
@@ -476,9 +426,9 @@ def test_ctrl_c_while_encoding(pooling, monkeypatch, no_pictures):
 
 
 def test_stopping_again_and_again(uninterrupted, monkeypatch):
-    for call in (4, 2, 5, 1, 3):
+    for nth in (4, 2, 5, 1, 3):
         with monkeypatch.context() as patch:
-            Stopped(patch, call)
+            Stopped(patch, nth)
             with pytest.raises(KeyboardInterrupt):
                 latents.open_latents(settings())
     latents.open_latents(settings())
@@ -533,7 +483,7 @@ def test_a_corrupt_image_is_skipped_and_named(which, pooling, capsys):
     (name,) = spoil("images", which)
     opened = latents.open_latents(settings())
     assert opened.size == 149
-    means = pooling.encode(vae.to_images(torch.stack(wanted)))[0].half().numpy()
+    means = pooling.encode(data.from_uint8(torch.stack(wanted)))[0].half().numpy()
     assert np.array_equal(opened.array[:, 0, 0], means)
     printed = capsys.readouterr().out
     assert "skipped 1 of 150" in printed and f"{name} cannot be read" in printed
@@ -695,7 +645,7 @@ def test_images_are_decoded_in_the_precision_of_the_run(pooling):
     seen = []
     pooling.decode = lambda z: seen.append(torch.is_autocast_enabled("cpu")) or z.repeat(1, 1, 8, 8)
     for precision in ("fp32", "bf16"):
-        codec = latents.Codec(settings(precision=precision))
+        codec = latents.Codec(vae.load(), settings(precision=precision))
         images = codec.decode(torch.full((40, 3, 4, 4), 2.0))
         assert images.dtype == torch.float32 and images.eq(1).all() and len(images) == 40
     assert seen == [False] * 3 + [True] * 3
@@ -865,9 +815,7 @@ def test_more_steps_of_latents_equal_one_run(pooling, no_pictures):
 def taef2_run(faces_dir, taef2_files, tmp_path_factory):
     """A run of a few steps on 24 faces, with everything that it writes."""
     home, before = tmp_path_factory.mktemp("taef2"), Path.cwd()
-    (home / "faces").mkdir()
-    for path in sorted(faces_dir.glob("*.jpg"))[:24]:
-        shutil.copy(path, home / "faces" / path.name)
+    copy_faces(faces_dir, 24, home / "faces")
     os.chdir(home)
     relative = " ".join(shlex.quote(os.path.relpath(f)) for f in taef2_files)
     try:

@@ -1,8 +1,5 @@
 """Several processes, and pieces of a batch, compute what one process computes in one piece."""
 
-import csv
-import importlib
-import io
 import multiprocessing
 import os
 import shlex
@@ -12,7 +9,6 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,28 +21,11 @@ import data
 import latents
 import model
 import train
-from config import make_config, run_script
+from config import make_config
+from running import copy_faces, read, rows, works
 
+pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 REPO = Path(__file__).resolve().parent.parent
-
-
-@pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
-def works(line):
-    """Runs "train.py --steps 3" in this process."""
-    words, before = shlex.split(line), sys.argv
-    script = importlib.import_module(Path(words[0]).stem)
-    out, err, sys.argv = io.StringIO(), io.StringIO(), words
-    try:
-        with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as stop:
-            run_script(lambda: script.main(words[1:]))
-    finally:
-        sys.argv = before
-    assert not stop.value.code, err.getvalue()
-
 
 # processes are forked from one that has imported the slow packages, but nothing of this project
 FORKS = multiprocessing.get_context("forkserver")
@@ -94,15 +73,6 @@ def all_work(line, n=2):
     ended = end(start(line, n))
     assert [e.code for e in ended] == [0] * n, "\n".join(e.err for e in ended)
     return ended
-
-
-def read(path):
-    return torch.load(path, weights_only=True)
-
-
-def rows(path):
-    with open(path, newline="") as f:
-        return list(csv.DictReader(f))
 
 
 def assert_equal_runs(one, other):
@@ -271,9 +241,7 @@ def test_ctrl_c_stops_all_processes_after_the_same_step(signalled, moons):
 def faces(faces_dir, taef2_files, tmp_path_factory):
     """Runs on latents of 20 faces, each encoding for itself: "one" process and "two"."""
     home, before = tmp_path_factory.mktemp("faces"), Path.cwd()
-    (home / "faces").mkdir()
-    for path in sorted(faces_dir.glob("*.jpg"))[:20]:
-        shutil.copy(path, home / "faces" / path.name)
+    copy_faces(faces_dir, 20, home / "faces")
     line = ("train.py --dataset folder --data-dir faces --vae taef2 --image-size 64 --model tiny "
             "--channels 16 --disc-channels 8 --steps 4 --teacher-steps 4 --batch-size 4 "
             "--teacher-batch-size 8 --n-rf 1 --lr-warmup 2 --log-every 1 --preview-every 100 "

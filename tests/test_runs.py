@@ -4,9 +4,6 @@ Every script is called through config.run_script in this process, with tiny netw
 steps, so that a whole run takes a second; real processes only where they are killed.
 """
 
-import csv
-import importlib
-import io
 import json
 import math
 import multiprocessing
@@ -19,7 +16,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,8 +33,10 @@ import sample
 import speed
 import teacher
 import train
-from config import UserError, make_config, run_script
+from config import UserError, make_config
+from running import call, copy_faces, read, refused, rows, works
 
+pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 REPO = Path(__file__).resolve().parent.parent
 NETWORK = "--channels 16 --blocks 1 --disc-channels 8"
 SIZES = f"{NETWORK} --batch-size 32 --teacher-batch-size 32 --lr-warmup 2 --threads 1"
@@ -49,51 +47,10 @@ IMAGES = ("--dataset mnist --channels 8 --heads 2 --disc-channels 8 --batch-size
           "--lr-warmup 1 --threads 1")
 
 
-def call(line, *more):
-    """Runs "train.py --steps 3" in this process; returns its exit code, stdout and stderr."""
-    words = [*shlex.split(line), *map(str, more)]
-    script = importlib.import_module(Path(words[0]).stem)
-    out, err, before = io.StringIO(), io.StringIO(), sys.argv
-    sys.argv = words
-    try:
-        with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as stop:
-            run_script(lambda: script.main(words[1:]))
-    finally:
-        sys.argv = before
-    return SimpleNamespace(code=stop.value.code or 0, out=out.getvalue(), err=err.getvalue())
-
-
-def works(line, *more):
-    """Calls a script that must succeed; returns what it printed."""
-    ended = call(line, *more)
-    assert ended.code == 0, ended.err
-    return ended.out
-
-
-def refused(line, *named):
-    """Calls a script that must stop with code 2 and one sentence, which must hold all of `named`.
-
-    A progress bar may stand before the sentence.
-    """
-    ended = call(line)
-    lines = [text for text in ended.err.splitlines() if text.strip() and "%|" not in text]
-    assert ended.code == 2, ended.out + ended.err
-    assert "Traceback" not in ended.err
-    assert len(lines) == 1, ended.err
-    assert lines[-1].startswith(line.split()[0] + ": ")
-    for word in named:
-        assert word in lines[-1], f"{word!r} is not in: {lines[-1]}"
-    return lines[-1]
-
-
 def files(folder="."):
     """Every file below a folder with its bytes and time, to see that nothing was touched."""
     return {str(p): (p.read_bytes(), p.stat().st_mtime_ns)
             for p in sorted(Path(folder).rglob("*")) if p.is_file()}
-
-
-def read(path):
-    return torch.load(path, weights_only=True)
 
 
 def same(a, b):
@@ -105,11 +62,6 @@ def same(a, b):
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(same, a, b))
     return a == b
-
-
-def rows(path):
-    with open(path, newline="") as f:
-        return list(csv.DictReader(f))
 
 
 def untimed(path):
@@ -135,20 +87,6 @@ def is_picture(path):
     pixels = plt.imread(path)
     assert min(pixels.shape[:2]) > 50 and pixels[..., :3].std() > 0.01
     return True
-
-
-@pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)                    # runs go to ./runs
-
-
-@pytest.fixture
-def no_pictures(monkeypatch):
-    """Pictures cost more than a tiny run does; most tests are not about them."""
-    def touch(path, *args, **more):
-        Path(path).touch()
-    monkeypatch.setattr(sample, "strips", touch)
-    monkeypatch.setattr(plots, "losses", touch)
 
 
 @pytest.fixture(scope="session")
@@ -895,10 +833,7 @@ def test_the_readmes_commands(mnist_dir, faces_dir, taef2_files, monkeypatch):
     few_of = {"train.py": training, "teacher.py": training,
               "sample.py": "--n 16 --device cpu --threads 1",
               "evaluate.py": "--n 40 --device cpu --threads 1"}
-    faces = Path("MY_PHOTOS")
-    faces.mkdir()
-    for path in sorted(faces_dir.glob("*.jpg"))[:16]:
-        (faces / path.name).symlink_to(path)
+    copy_faces(faces_dir, 16, "MY_PHOTOS")
     latents = f"--data-dir MY_PHOTOS --vae taef2 --vae-weights {shlex.join(map(str, taef2_files))} "
     latents += "--model tiny --image-size 64 --patch-size 1 --mult 1 2 --attention 1"
 

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torchvision.models import WeightsEnum
 
+import data
 import vae
 from config import UserError
 
@@ -232,7 +233,7 @@ def test_scale_times_mean_and_back(theirs):
 
 
 def test_pixels_lie_between_minus_one_and_one():
-    x = vae.to_images(torch.tensor([0, 51, 255], dtype=torch.uint8))
+    x = data.from_uint8(torch.tensor([0, 51, 255], dtype=torch.uint8))
     assert torch.allclose(x, torch.tensor([-1.0, -0.6, 1.0]))
     assert torch.equal(vae.Autoencoder_Weights.SD_FT_MSE.transforms()(torch.tensor([255])),
                        torch.ones(1))
@@ -303,7 +304,7 @@ def test_taef2_reconstructs_faces(taef2_files, faces_dir):
     codec = vae.load("taef2", taef2_files).to(memory_format=torch.channels_last)
     psnr, latents = [], []
     for path in sorted(faces_dir.glob("*.jpg"))[::32]:
-        x = vae.to_images(torch.from_numpy(np.array(Image.open(path)))[None].permute(0, 3, 1, 2))
+        x = data.from_uint8(torch.from_numpy(np.array(Image.open(path)))[None].permute(0, 3, 1, 2))
         z0 = codec.sample(*codec.encode(x))
         error = (codec.decode(z0).clamp(-1, 1) - x).square().mean() / 4
         psnr.append(-10 * error.log10().item())
