@@ -30,7 +30,7 @@ class Config:
     dataset: Literal[DATASETS] = "checkerboard"  # what to learn; folder: any images of your own
     data_dir: str = "data"          # folder (or .zip) of the images, or where they are downloaded
     download: bool = False          # celebahq: fetch its 3 GB of parquet files into the folder
-    out: str = ""                   # folder of the run; empty means runs/<dataset>
+    out: str = ""                   # folder of the run; empty: runs/<dataset>, or -<method>
     seed: int = 0                   # of weights, data and noise; step i draws from (seed, i) alone
     resume: bool = False            # continue the run in the folder, with the settings saved there
     overwrite: bool = False         # replace a teacher or student of other settings in the folder
@@ -71,6 +71,7 @@ class Config:
     teacher_checkpoint: str = ""    # distil from this teacher.pt, or from LFM's model_480.pth
 
     # -- student: Algorithm 1
+    method: Literal["scflow", "cd", "reflow", "reflow-distill", "fgm"] = "scflow"  # or a baseline
     losses: tuple[Literal["cd", "gan", "rf", "bi"], ...] = ("cd", "gan", "rf", "bi")  # in use
     steps: int = 5000               # iterations of distillation
     batch_size: int = 256           # samples an iteration
@@ -80,7 +81,7 @@ class Config:
     disc_betas: tuple[float, ...] = (0.0, 0.99)  # the discriminator's AdamW, the same two
     lr_final: float = 0.0           # all rates fall along a cosine to this fraction; 1 is constant
     lr_warmup: int = 100            # iterations in which the rates rise from zero
-    t_trunc: float = 0.4            # truncation time of CD (Eq. 8); 0, plain CD, without the GAN
+    t_trunc: float = 0.1            # truncation time of CD (Eq. 8); 0, plain CD, without the GAN
     t_skip: float = 0.1             # longest step of the teacher (Algorithm 2)
     truncation: Literal["landing", "current"] = "landing"  # t_trunc is held against t_lo, or t
     metric: Literal["pseudo-huber", "l2"] = "pseudo-huber"  # distance in CD and BI
@@ -94,6 +95,8 @@ class Config:
     n_rf: int = 1000                # first iteration with reflow
     n_bi: int = 0                   # first iteration with the bidirectional loss
     r1: float = 0.1                 # gamma of R1, (gamma / 2) E || grad D(z0) ||^2; 0 leaves it out
+    pairs: int = 50_000             # reflow, reflow-distill: pairs (z0, z1) made by the teacher
+    pair_steps: int = 100           # reflow, reflow-distill: Euler steps that make a pair
 
     # -- what is written, and when
     log_every: int = 50             # iterations a row of log.csv; then losses are checked, too
@@ -102,11 +105,12 @@ class Config:
 
 
 PRESETS = {
+    "8gaussians": dict(t_trunc=0.4, l_rf=20.0),    # narrow modes, which RF keeps from contracting
     "mnist": dict(
         channels=32, blocks=1, patch_size=2, time_scale=1000.0, disc_channels=32,
         teacher_steps=2000, teacher_lr=1e-3, teacher_batch_size=128,
         steps=2000, batch_size=64, lr=4e-4, disc_lr=1e-3, ema=0.995, huber_c=0.01,
-        l_gan=0.1, l_rf=1.0, l_bi=0.1, n_rf=100, r1=1.0,
+        t_trunc=0.4, l_gan=0.1, l_rf=1.0, l_bi=0.1, n_rf=100, r1=1.0, pairs=5000, pair_steps=50,
         save_every=200, preview_every=400,
     ),
 }
@@ -119,6 +123,7 @@ LATENTS = dict(
     lr_final=1.0, lr_warmup=0, ema=0.9999,             # constant rates, an EMA to sample from (o)
     t_trunc=0.4, t_skip=0.1, mu=0.9, truncation="current", metric="l2",
     l_gan=0.1, l_rf=0.1, l_bi=0.1, n_gan=0, n_rf=1000, n_bi=1000, r1=1.0,  # R1 (o)
+    pair_steps=500,
     teacher_steps=120_500, teacher_lr=2e-5, teacher_batch_size=112, teacher_ema=0.9999,
     save_every=1000, preview_every=5000,
 )
@@ -194,6 +199,10 @@ def make_config(dataset=Config.dataset, **given):
         raise UserError(f"--model and --preset are for {' and '.join(LATENT_SETS)}; {dataset} has "
                         "one preset of its own")
     cfg = Config(**{**settings, **{k: v for k, v in given.items() if k not in ("model", "preset")}})
+    if cfg.method != "scflow":
+        if cfg.losses not in (Config.losses, ("cd",)) or cfg.method != "cd" and "losses" in given:
+            raise UserError(f"--losses chooses among SCFlow's; --method {cfg.method} has its own")
+        cfg = replace(cfg, losses=("cd",))
     if "gan" not in cfg.losses and "t_trunc" not in given:
         cfg = replace(cfg, t_trunc=0.0)
     if dataset in LATENT_SETS:                         # a checkpoint finds these from anywhere
@@ -208,7 +217,7 @@ def check(cfg):
     """Raises UserError where a value is out of its range; the sentence names the flag."""
     at_least_one = ("channels", "blocks", "heads", "patch_size", "disc_channels", "teacher_steps",
                     "teacher_batch_size", "steps", "batch_size", "grad_accum", "image_size",
-                    "log_every", "save_every", "preview_every")
+                    "log_every", "save_every", "preview_every", "pairs", "pair_steps")
     not_negative = ("seed", "threads", "num_classes", "l_gan", "l_rf", "l_bi", "n_gan", "n_rf",
                     "n_bi", "r1", "lr_warmup")
     fractions = ("t_trunc", "t_skip", "mu", "ema", "teacher_ema", "lr_final")
@@ -238,8 +247,9 @@ def flag(name):
 
 
 def run_dir(cfg):
-    """Folder of the run: --out exactly, or runs/<dataset>."""
-    return Path(cfg.out or Path("runs") / cfg.dataset)
+    """Folder of the run: --out exactly, or runs/<dataset>, runs/<dataset>-<method> of baselines."""
+    name = cfg.dataset if cfg.method == "scflow" else f"{cfg.dataset}-{cfg.method}"
+    return Path(cfg.out or Path("runs") / name)
 
 
 # --------------------------------------------------------------------------------- command line

@@ -1,23 +1,24 @@
-"""How far samples are from the data, over the number of function evaluations: `python evaluate.py`.
+"""How good samples are, over the number of function evaluations: `python evaluate.py`.
 
-Points: sliced W2 to 50,000 data points. MNIST: Frechet distance on the features of a small
-classifier that is trained here with a fixed seed; its numbers compare only with one another.
+Points: sliced W2 to 50,000 data points. Images: Frechet distance of features (features.py). Beside
+it precision and recall, how far few steps end from one step, the spread, and the speed.
 """
 
 import json
 import statistics
+import time
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import nn
-from tqdm import trange
+from tqdm import tqdm
 
 import checkpoint
 import data
 import sample
-from config import (DATASETS, LATENT_SETS, MACHINE, TEACHER_FIELDS, Parser, UserError,
-                    add_field_flags, make_config, run_script)
+from config import (DATASETS, LATENT_SETS, MACHINE, POINT_SETS, TEACHER_FIELDS, Config, Parser,
+                    UserError, add_field_flags, flag, make_config, run_script)
+from features import extractor
 
 
 # ----------------------------------------------------------------------------------- distances
@@ -54,182 +55,243 @@ def frechet_distance(a, b):
     return (gap + cov_a.trace() + cov_b.trace() - 2 * cross).item()
 
 
-def spread(z):
-    """Standard deviation of samples (n, ...): the root of the mean variance over all elements."""
-    return z.flatten(1).var(dim=0).mean().sqrt().item()
-
-
-# ------------------------------------------------------------------------------ MNIST's features
-
-
-class Classifier(nn.Module):
-    """A small CNN for 28 x 28 digits; `features` (B, 64) come from its last layer but one."""
-
-    def __init__(self):
-        super().__init__()
-        self.features = nn.Sequential(
-            nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Flatten(), nn.Linear(64 * 49, 64), nn.ReLU(),
-        )
-        self.last = nn.Linear(64, 10)
-
-    def forward(self, x):
-        return self.last(self.features(x))
-
-
-def mnist_classifier(data_dir, folder=Path("runs/mnist"), epochs=2):
-    """The classifier, trained once with a fixed seed (about a minute) and kept in `folder`."""
-    path = checkpoint.make_folder(folder) / "classifier.pt"
-    torch.manual_seed(0)
-    net = Classifier()
-    if path.exists():
-        content = checkpoint.load(path, "classifier")
-        checkpoint.load_weights(net, content["net"], path)
-        return net.eval()
-    images, labels = data.mnist(data_dir)
-    generator, batch = torch.Generator().manual_seed(0), 100
-    steps = epochs * len(images) // batch
-    opt = torch.optim.AdamW(net.parameters(), lr=1e-3)
-    rates = torch.optim.lr_scheduler.OneCycleLR(opt, 4e-3, steps)
-    order = torch.cat([torch.randperm(len(images), generator=generator) for _ in range(epochs)])
-    for i in trange(steps, desc="classifier for the features"):
-        chosen = order[i * batch:][:batch]
-        loss = F.cross_entropy(net(data.from_uint8(images[chosen])), labels[chosen])
-        opt.zero_grad()
-        loss.backward()
-        opt.step()
-        rates.step()
-    net.eval()
-    held, answers = data.mnist(data_dir, train=False)
-    with torch.no_grad():
-        right = torch.cat([net(data.from_uint8(x)).argmax(1) for x in held.split(500)]) == answers
-    print(f"classifier: {100 * right.float().mean():.2f} % of the test digits right")
-    checkpoint.save(path, "classifier", make_config("mnist"), (1, 28, 28), steps,
-                    net=net.state_dict())
-    return net
-
-
 @torch.no_grad()
-def mnist_features(net, z):
-    """Features (n, 64) of images (n, 1, 28, 28) in [-1, 1], seen in the 8 bits of a file."""
-    bits = data.from_uint8(data.to_uint8(z)).split(500)
-    return torch.cat([net.features(x) for x in bits])
+def precision_recall(real, fake, k=3, at_a_time=1000):
+    """Precision and recall of Kynkaanniemi et al. (2019) on features (n, d), (m, d).
+
+    Precision: the share of `fake` within the k-th neighbour's distance of some `real`; recall: the
+    reverse. In pieces, so that memory grows with n alone. Raises ValueError for n or m <= k.
+    """
+    if min(len(real), len(fake)) <= k:
+        raise ValueError(f"precision and recall take more than k = {k} samples")
+    real, fake = real.double().cpu(), fake.double().cpu()
+
+    def radii(x):                                  # each is its own nearest, hence k + 1
+        return torch.cat([torch.cdist(part, x).topk(k + 1, largest=False).values[:, -1]
+                          for part in x.split(at_a_time)])
+
+    real_radii, fake_radii = radii(real), radii(fake)
+    inside, covered = torch.zeros(len(fake), dtype=torch.bool), []
+    for part, radius in zip(real.split(at_a_time), real_radii.split(at_a_time)):
+        apart = torch.cdist(part, fake)            # (at_a_time, m)
+        inside |= (apart < radius[:, None]).any(0)
+        covered.append((apart < fake_radii).any(1))
+    return inside.double().mean().item(), torch.cat(covered).double().mean().item()
+
+
+class Spread:
+    """Standard deviation of samples that come in batches: the root of the mean variance over all
+    elements of a sample."""
+
+    def __init__(self, *batches):
+        self.n, self.sums = 0, 0
+        for z in batches:
+            self.add(z)
+
+    def add(self, z):
+        """Takes in a batch (b, ...)."""
+        z = z.flatten(1).double().cpu()
+        self.n, self.sums = self.n + len(z), self.sums + torch.stack([z.sum(0), z.square().sum(0)])
+
+    @property
+    def std(self):
+        mean, square = self.sums / self.n
+        return ((square - mean.square()).mean() * self.n / (self.n - 1)).sqrt().item()
+
+
+# --------------------------------------------------------------------------------------- the data
 
 
 class Reference:
-    """What samples of a data set are held against: `distance(z)` and the data's own spread."""
+    """The data that samples are held against, as features, and how.
 
-    def __init__(self, dataset, n, data_dir="data"):
-        generator = torch.Generator().manual_seed(20_000)
-        if dataset == "mnist":
-            self.name = f"Frechet distance (classifier's features, {n:,} samples, test digits)"
-            self.net = mnist_classifier(data_dir)
-            test = data.from_uint8(data.mnist(data_dir, False)[0])
-            self.data = mnist_features(self.net, test)
-            digits = data.mnist(data_dir)[0]
-            other = data.from_uint8(digits[torch.randperm(len(digits), generator=generator)[:n]])
-            self.spread = spread(test)
-        else:
-            self.name = f"sliced W2 (x 1000, {n:,} points)"
-            self.data = data.sample_points(dataset, n, generator)
-            other, self.spread = data.sample_points(dataset, n, generator), spread(self.data)
-            self.net = None
-        self.floor = self.distance(other)
-
-    def distance(self, z):
-        if self.net is None:
-            return 1000 * sliced_w2(z, self.data)
-        return frechet_distance(mnist_features(self.net, z), self.data)
-
-
-# --------------------------------------------------------------------------------------- table
-
-
-def measure(networks, reference, shape, n, seed=0, solver="euler", batch=500, device="cpu"):
-    """Rows of dicts: network, nfe, distance, spread (samples' std over the data's).
-
-    networks is [(name, network, NFEs), ...]; every network and NFE starts from the same noise.
+    name: of the distance, with its counts. floor: what other data of the same kind get, the best
+    that samples can be expected to.
     """
-    rows = []
-    for name, network, nfes in networks:
-        for nfe in nfes:
-            z = sample.draw(network, shape, n, nfe, seed, solver, batch, device)
-            rows.append({"network": name, "nfe": nfe, "distance": reference.distance(z),
-                         "spread": spread(z) / reference.spread})
-    return rows
+
+    def __init__(self, cfg, n, spec="", device="cpu"):
+        name, self.features = extractor(cfg.dataset, spec, cfg.data_dir, device)
+        generator = torch.Generator().manual_seed(20_000)
+        self.points, against = cfg.dataset in POINT_SETS, ""
+        if self.points:
+            real, other = (data.sample_points(cfg.dataset, n, generator) for _ in range(2))
+            self.data, other, spread = real, other, Spread(real)
+        elif cfg.dataset == "mnist":
+            digits = data.mnist(cfg.data_dir)[0]
+            digits = digits[torch.randperm(len(digits), generator=generator)[:n]]
+            real, other = (data.from_uint8(x) for x in (data.mnist(cfg.data_dir, False)[0], digits))
+            self.data, other, spread = self.features(real), self.features(other), Spread(real)
+            against = f"{len(real):,} test digits"
+        else:
+            self.data, spread = self.of_images(cfg)
+            half = torch.randperm(len(self.data), generator=generator).chunk(2)
+            other = self.data[half[0]]
+            against = f"{len(self.data):,} images"
+        if not self.points and min(n, len(self.data)) < self.data.shape[1] + 1:
+            print(f"note: {min(n, len(self.data)):,} samples do not fill a covariance of "
+                  f"{self.data.shape[1]} features; the distance is biased upwards")
+        self.std, self.at_most = spread.std, min(n, len(self.data), NEIGHBOURS)
+        self.name = (f"sliced W2 x 1000, {n:,} points" if self.points else
+                     f"Frechet distance on {name}, {n:,} samples against {against}")
+        if cfg.dataset in LATENT_SETS:             # there is no test split: half against half
+            self.floor = self.compare(other, self.data[half[1]])
+        else:
+            self.floor = self.compare(other)
+
+    def of_images(self, cfg):
+        """Features and spread of all the images of a run, in batches."""
+        images, found, spread = data.open_images(cfg), [], Spread()
+        batch = []
+        for i, (_, pixels, _) in enumerate(tqdm(data.decoded(images, cfg.image_size),
+                                                total=images.size, desc="features of the data"), 1):
+            batch += [] if pixels is None else [pixels]
+            if batch and (len(batch) == BATCH or i == images.size):
+                x = data.from_uint8(torch.stack(batch))
+                found.append(self.features(x))
+                spread.add(x)
+                batch = []
+        if sum(map(len, found)) < 10:
+            raise UserError(f"{cfg.data_dir} has too few images that can be read to compare with")
+        return torch.cat(found), spread
+
+    def compare(self, fake, real=None):
+        """Distance, precision and recall of features (n, d)."""
+        real = self.data if real is None else real
+        k = min(self.at_most, len(real), len(fake))
+        precision, recall = precision_recall(real[:k], fake[:k])
+        distance = 1000 * sliced_w2(fake, real) if self.points else frechet_distance(fake, real)
+        return {"distance": distance, "precision": precision, "recall": recall}
 
 
-def medians(rows):
-    """The medians of the rows over teachers, and over students, for each NFE."""
+# ----------------------------------------------------------------------------------- measuring
+
+NEIGHBOURS = 10_000                # precision and recall take at most so many samples of each
+BATCH = 100                        # images that are decoded and kept as pixels at a time
+
+
+def measure(name, network, nfes, reference, shape, n, seed=0, solver="euler", batch=500,
+            device="cpu", decode=sample.same):
+    """Rows of dicts, one an NFE: network, nfe, distance, precision, recall, consistency, spread,
+    per_second.
+
+    The same noise for every network and NFE. consistency: RMS distance, per element of z0, of the
+    sample from the one-step sample of the same noise; spread: std over the data's; per_second:
+    samples, decoding included. Memory holds a batch of samples and the features of n.
+    """
+    found = {k: {"features": [], "spread": Spread(), "gap": 0.0, "seconds": 0.0}
+             for k in sorted({1, *nfes})}
+    for start in tqdm(range(0, n, batch), desc=f"{name}, {'/'.join(map(str, nfes))} NFE",
+                      unit="batch", leave=False):
+        one = None
+        for k, entry in found.items():             # the least NFE, 1, comes first
+            clock = time.perf_counter()
+            z = sample.draw(network, shape, min(batch, n - start), k, seed, solver, batch, device,
+                            first=start)
+            x = decode(z)
+            entry["seconds"] += time.perf_counter() - clock
+            one = z if one is None else one
+            entry["gap"] += (z - one).double().square().sum().item()
+            entry["features"].append(reference.features(x))
+            entry["spread"].add(x)
+    numbers = n * torch.Size(shape).numel()
+    return [{"network": name, "nfe": k, **reference.compare(torch.cat(found[k]["features"])),
+             "consistency": (found[k]["gap"] / numbers) ** 0.5,
+             "spread": found[k]["spread"].std / reference.std,
+             "per_second": n / found[k]["seconds"]} for k in nfes]
+
+
+MEASURES = ("distance", "precision", "recall", "consistency", "spread", "per_second")
+
+
+def medians(rows, name=lambda row: row["network"]):
+    """The medians of the rows of one name and NFE; `within`: half the range of their distances."""
     groups = {}
     for row in rows:
-        role = "teacher" if row["network"].startswith("teacher") else "student"
-        groups.setdefault((role, row["nfe"]), []).append(row)
-    return [{"network": f"{role}, median of {len(group)}", "nfe": nfe,
-             **{k: statistics.median(r[k] for r in group) for k in ("distance", "spread")}}
-            for (role, nfe), group in groups.items()]
+        groups.setdefault((name(row), row["nfe"]), []).append(row)
+    return [{"network": network, "nfe": nfe, "runs": len(group),
+             "within": (max(r["distance"] for r in group) - min(r["distance"] for r in group)) / 2,
+             **{k: statistics.median(r[k] for r in group) for k in MEASURES}}
+            for (network, nfe), group in groups.items()]
 
 
-def table(rows, floor):
-    """The rows as aligned text: a line a network, "distance (spread)" for each NFE."""
+def table(rows, cell, floor=""):
+    """Rows as an aligned Markdown table: a line a network, a column an NFE, cell(row) in each."""
     nfes = sorted({r["nfe"] for r in rows})
-    cells = {(r["network"], r["nfe"]): f"{r['distance']:.1f} ({r['spread']:.2f})" for r in rows}
+    cells = {(r["network"], r["nfe"]): cell(r) for r in rows}
     lines = ["| NFE |" + "".join(f" {k} |" for k in nfes), "|---|" + "---|" * len(nfes)]
     for name in dict.fromkeys(r["network"] for r in rows):
         lines.append(f"| {name} |" + "".join(f" {cells.get((name, k), '')} |" for k in nfes))
-    lines.append(f"| data against data | {floor:.1f} (1.00) |" + " |" * (len(nfes) - 1))
+    if floor:
+        lines.append(f"| data against data | {floor} |" + " |" * (len(nfes) - 1))
     columns = [max(len(c) for c in column) for column in zip(*(x.split("|") for x in lines))]
     return "\n".join(
         "|".join(c.ljust(w, "-" if i == 1 else " ") for c, w in zip(line.split("|"), columns))
         for i, line in enumerate(lines))
 
 
+def report(dataset, reference, rows, solver="euler"):
+    """The rows as text: a table of the distance with the spread, one each of the other measures."""
+    floor, several = reference.floor, max(r.get("runs", 1) for r in rows)
+    within = f" +- half the range of {several} runs" if several > 1 else ""
+
+    def distance(r):
+        plus = f" +- {r['within']:.1f}" if several > 1 else ""
+        return f"{r['distance']:.1f}{plus} ({r['spread']:.2f})"
+
+    kept = f"k = 3, {reference.at_most:,} samples"
+    return "\n\n".join([
+        f"{dataset}, {solver}: {reference.name}{within}; in brackets std over the data's",
+        table(rows, distance, f"{floor['distance']:.1f} (1.00)"),
+        f"precision / recall ({kept})",
+        table(rows, lambda r: f"{r['precision']:.3f} / {r['recall']:.3f}",
+              f"{floor['precision']:.3f} / {floor['recall']:.3f}"),
+        "consistency: RMS distance from the one-step sample of the same noise",
+        table(rows, lambda r: f"{r['consistency']:.3f}"),
+        "samples a second",
+        table(rows, lambda r: f"{r['per_second']:,.0f}" if r["per_second"] > 10
+              else f"{r['per_second']:.2f}")])
+
+
+def write(out, dataset, reference, rows, text, **more):
+    """The rows as OUT.json and the text as OUT.md; UserError where they cannot be written."""
+    out = Path(out).with_suffix("")
+    content = {"dataset": dataset, "metric": reference.name, "floor": reference.floor, **more,
+               "rows": rows}
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        for suffix, what in ((".json", json.dumps(content, indent=1)), (".md", text)):
+            part = out.with_suffix(".part")
+            part.write_text(what + "\n")
+            part.replace(out.with_suffix(suffix))
+    except OSError as e:
+        raise UserError(f"could not write {out}.json ({e.strerror}); name another by --out") from e
+    print(f"\nwrote {out}.json, {out}.md")
+
+
+# ------------------------------------------------------------------------------- command line
+
 TIMED = (*MACHINE, "model", "vae", "batch_size")
+MEASURED = ("data_dir", "vae_weights", *TIMED)
+TRAINED = tuple(f.name for f in fields(Config) if f.name not in (
+    *MEASURED, "dataset", "out", "seed", "resume", "overwrite", "download", "method", "losses",
+    "teacher_checkpoint"))
+MANY = {True: 100, False: 50}      # NFE of the teacher at its best, for points and for images
 
 
-def main(argv=None):
-    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--checkpoint", nargs="+", metavar="FILE", help="students to measure, with "
-                        "the teacher beside the first [the newest student in runs/]")
-    parser.add_argument("--dataset", choices=DATASETS, help="the newest student of this data set")
-    parser.add_argument("--nfe", type=int, nargs="+", default=[1, 2, 4, 8, 16], metavar="N")
-    parser.add_argument("--n", type=int, help="samples [50000 points, 2000 images]")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise [0]")
-    parser.add_argument("--median", action="store_true", help="print the medians over the "
-                        "checkpoints, which are the same run with other seeds")
-    parser.add_argument("--batch", type=int, default=500, help="samples at a time [500]")
-    parser.add_argument("--out", metavar="FILE", help="the table as JSON [beside the checkpoint]")
-    add_field_flags(parser, ("data_dir", *TIMED))
-    parser.add_argument("--speed", action="store_true", help="time a training iteration on this "
-                        "machine in several ways, and stop")
-    args = parser.parse_args(argv)
-    if args.speed:
-        import speed
-        given = {k: v for k, v in vars(args).items() if k in TIMED}
-        return speed.report(make_config(args.dataset or "mnist", **given))
-    for name in ("n", "batch"):
-        if getattr(args, name) is not None and getattr(args, name) < 2:
-            raise UserError(f"--{name} {getattr(args, name)} is too few; it must be at least 2")
-    if min(args.nfe) < 1 or args.seed < 0:
-        raise UserError("--nfe must be at least 1 and --seed not negative")
-    cfg = make_config(**{k: v for k, v in vars(args).items() if k in ("data_dir", *MACHINE)})
+def networks_of(paths, cfg):
+    """[(name, network)] of the teachers beside the checkpoints, then of these; and their content.
 
-    paths = [Path(p) for p in args.checkpoint or [sample.find_student(args.dataset)]]
+    A teacher that several runs share comes once. Raises UserError for runs of different data sets.
+    """
     opened = [sample.open_network(path, cfg) for path in paths]
     sets = {content["config"]["dataset"] for _, content in opened}
-    if len(sets) > 1 or args.dataset and sets != {args.dataset}:
+    if len(sets) > 1:
         raise UserError(f"these checkpoints were trained on {', '.join(sorted(sets))}; "
                         "a table holds runs of one data set")
-    if sets & set(LATENT_SETS):
-        raise UserError("the distance of images and latents (FID) is not measured yet; "
-                        "sample.py --npz writes samples for any other tool")
-    (dataset,), shape = sets, tuple(opened[0][1]["shape"])
-    n = args.n or (50_000 if len(shape) == 1 else 2_000)
-    device = next(opened[0][0].parameters()).device
-
-    # the teacher beside each run, once where several runs share it
-    teachers, many = {}, 100 if len(shape) == 1 else 50
+    shapes = {tuple(content["shape"]) for _, content in opened}
+    if len(shapes) > 1:
+        raise UserError(f"these checkpoints hold samples of shapes {shapes}; a table holds one")
+    teachers = {}
     for path in paths:
         beside = path.with_name("teacher.pt")
         if beside.exists() and beside not in paths:
@@ -239,22 +301,99 @@ def main(argv=None):
             teachers.setdefault(key, (f"teacher of {path.parent.name}", network))
     if len(teachers) == 1:
         teachers = {key: ("teacher", network) for key, (_, network) in teachers.items()}
-    networks = [(name, network, [*args.nfe, many]) for name, network in teachers.values()]
-    for path, (network, content) in zip(paths, opened):
-        name = content["kind"].split()[0] if len(paths) == 1 else path.parent.name
-        networks.append((name, network, args.nfe))
+    students = [(content["kind"].split()[0] if len(paths) == 1 else path.parent.name, network)
+                for path, (network, content) in zip(paths, opened)]
+    return list(teachers.values()), students, opened[0][1]
 
-    reference = Reference(dataset, n, args.data_dir if "data_dir" in args else cfg.data_dir)
-    rows = measure(networks, reference, shape, n, args.seed, batch=args.batch, device=device)
-    print(f"{dataset}: {reference.name}, Euler; in brackets std over the data's\n")
-    print(table(medians(rows) if args.median else rows, reference.floor))
-    out = Path(args.out or paths[0].with_name("evaluation.json"))
-    try:
-        out.write_text(json.dumps({"dataset": dataset, "metric": reference.name, "seed": args.seed,
-                                   "floor": reference.floor, "rows": rows}, indent=1) + "\n")
-    except OSError as e:
-        raise UserError(f"could not write {out} ({e.strerror}); name another by --out") from e
-    print(f"\nwrote {out}")
+
+def parse(argv=None):
+    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    what = parser.add_argument_group("what is measured")
+    what.add_argument("--checkpoint", nargs="+", metavar="FILE", help="students to measure, with "
+                      "the teachers beside them [the newest student in runs/]")
+    what.add_argument("--dataset", choices=DATASETS, help="the newest student of this data set")
+    what.add_argument("--ablation", choices=("losses", "weights", "times", "methods"),
+                      help="train and measure the runs of the paper's Table 4, 5, 6 or 3; finished "
+                      "ones are kept [data set: checkerboard]")
+    what.add_argument("--speed", action="store_true", help="time a training iteration and sampling "
+                      "on this machine, and stop")
+    how = parser.add_argument_group("how")
+    how.add_argument("--nfe", type=int, nargs="+", default=[1, 2, 4, 8, 16], metavar="N")
+    how.add_argument("--n", type=int, help="samples [50000 points, 2000 images]")
+    how.add_argument("--seed", type=int, default=0, help="of the noise, first of --seeds [0]")
+    how.add_argument("--seeds", type=int, default=1, help="measure with so many seeds of the noise "
+                     "(--ablation: train with so many); medians and half the range [1]")
+    how.add_argument("--median", action="store_true", help="print the medians over the "
+                     "checkpoints, which are the same run with other seeds")
+    how.add_argument("--solver", choices=tuple(sample.SOLVERS), default="euler", help="[euler]")
+    how.add_argument("--features", default="", metavar="MODULE:FUNCTION", help="compare images by "
+                     "a function of yours, (B, C, H, W) in [-1, 1] -> (B, d)")
+    how.add_argument("--batch", type=int, help="samples at a time [5000 points, 500 images, 64 "
+                     "latents]")
+    how.add_argument("--out", metavar="FILE", help="the tables as FILE.json and FILE.md "
+                     "[evaluation beside the checkpoint]")
+    add_field_flags(parser, MEASURED + TRAINED)
+    args = parser.parse_args(argv)
+    if idle := [n for n in TRAINED if n in args and not args.ablation]:
+        raise UserError(f"{flag(idle[0])} is for the runs of --ablation; checkpoints know theirs")
+    for name, low in (("n", 10), ("batch", 1), ("seeds", 1), ("seed", 0)):
+        if getattr(args, name) is not None and getattr(args, name) < low:
+            raise UserError(f"--{name} {getattr(args, name)} makes no sense; it must be at least "
+                            f"{low}")
+    if min(args.nfe) < 1:
+        raise UserError("--nfe must be at least 1")
+    if args.solver == "heun" and any(k % 2 == 0 for k in args.nfe):
+        raise UserError("--solver heun takes an odd --nfe: two calls a step, one in the last")
+    args.nfe = list(dict.fromkeys(args.nfe))
+    return args
+
+
+def main(argv=None):
+    args = parse(argv)
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(args).items()
+             if k in MEASURED + TRAINED}
+    if args.speed:
+        import speed
+        return speed.report(make_config(args.dataset or "mnist", **given))
+    if args.ablation:
+        import ablation
+        return ablation.run(args, given)
+
+    machine = make_config(**{k: v for k, v in given.items() if k in (*MACHINE, "vae_weights")})
+    paths = [Path(p) for p in args.checkpoint or [sample.find_student(args.dataset)]]
+    teachers, students, content = networks_of(paths, machine)
+    cfg = sample.machine_of(machine, content)
+    if args.dataset and cfg.dataset != args.dataset:
+        raise UserError(f"{paths[0]} was trained on {cfg.dataset}, not on {args.dataset}; leave "
+                        "--dataset out")
+    cfg = replace(cfg, data_dir=given.get("data_dir", cfg.data_dir))
+    reference, how = prepare(args, cfg, content["shape"], students[0][1])
+    how["decode"] = sample.open_decoder(content, machine)
+
+    many = MANY[reference.points] - (args.solver == "heun")   # heun takes an odd number
+    rows = []
+    for seed in range(args.seed, args.seed + args.seeds):
+        for name, network in teachers:
+            rows += measure(name, network, [*args.nfe, many], reference, seed=seed, **how)
+        for name, network in students:
+            rows += measure(name, network, args.nfe, reference, seed=seed, **how)
+    shown = medians(rows) if args.seeds > 1 else rows
+    if args.median:
+        shown = medians(rows, lambda row: f"{row['network'].split()[0]}s" if
+                        row["network"].startswith("teacher") else "students")
+    text = report(cfg.dataset, reference, shown, args.solver)
+    print(text)
+    write(args.out or paths[0].with_name("evaluation"), cfg.dataset, reference, rows, text,
+          seed=args.seed, solver=args.solver)
+
+
+def prepare(args, cfg, shape, network):
+    """The Reference of the command line's settings, and the arguments that `measure` takes."""
+    points, device = len(shape) == 1, next(network.parameters()).device
+    n = args.n or (50_000 if points else 2_000)
+    batch = args.batch or (5000 if points else 64 if cfg.dataset in LATENT_SETS else 500)
+    return Reference(cfg, n, args.features, device), dict(
+        shape=tuple(shape), n=n, solver=args.solver, batch=batch, device=device)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ class Latents:
         except (ValueError, OSError, EOFError) as e:
             raise UserError(f"{path} is cut short or damaged ({data.first_line(e)}); delete it, "
                             "and the images are encoded anew") from e
-        self.codec, self.device = codec, torch.device(device)
+        self.codec, self.device, self.key = codec, torch.device(device), Path(path).stem
         self.shape, self.size = tuple(self.array.shape[3:]), len(self.array)
         self.decode = codec.decode
 

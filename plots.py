@@ -104,6 +104,44 @@ def paths(path, rows, title=None):
         return write(fig, path)
 
 
+def film(path, panels, title=None):
+    """An animated GIF of points on their way, a panel a sampler, a frame a number of network calls.
+
+    panels is [(label, colour's name, [z after 0 calls, after 1, ...]), ...]; a sampler that is done
+    stands still. Frames thin out after the eighth call, so that the file stays small.
+    """
+    from PIL import Image
+
+    last = max(len(steps) for _, _, steps in panels) - 1
+    calls = [c for c in range(last + 1) if c <= 8 or c % max(last // 12, 1) == 0 or c == last]
+    frames = []
+    with plt.rc_context(STYLE | {"savefig.dpi": 72}):
+        for c in calls:
+            fig, axes = plt.subplots(1, len(panels), squeeze=False,
+                                     figsize=(2.3 * len(panels), 2.9), dpi=80)
+            for (label, colour, steps), ax in zip(panels, axes[0]):
+                done = c >= len(steps) - 1
+                draw_points(ax, steps[min(c, len(steps) - 1)], COLOURS[colour])
+                ax.set(xticks=[], yticks=[])
+                ax.set_title(label, weight="bold" if done else "normal")
+                ax.set_xlabel(f"done after {len(steps) - 1}" if done else f"call {c}")
+                for spine in ax.spines.values():
+                    spine.set_visible(True)
+                    spine.set_color("#bbbbbb")
+            fig.suptitle(title or "", fontsize=10)
+            fig.canvas.draw()
+            frames.append(Image.fromarray(np.asarray(fig.canvas.buffer_rgba())[..., :3])
+                          .quantize(16, dither=Image.Dither.NONE))
+            plt.close(fig)
+    shown = [900] + [450] * (len(frames) - 2) + [2500]   # milliseconds
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        frames[0].save(path, save_all=True, append_images=frames[1:], duration=shown, loop=0)
+    except (OSError, ValueError) as e:
+        raise UserError(f"could not write the film {path} ({e}); name another .gif") from e
+    return Path(path)
+
+
 def losses(path, curves, title=None):
     """One panel a logged term, {name: (steps, values)}."""
     width = min(len(curves), 4)

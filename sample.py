@@ -127,19 +127,21 @@ def strips(path, networks, shape, nfes, seed=0, device="cpu", solver="euler", da
            columns=10, decode=same):
     """Figure 5: the same noise at every NFE. networks is [(name, network, nfes or None), ...].
 
-    Points: a row a network, a panel an NFE. Images: a row an NFE, a column a noise.
+    With the runs of an ablation, at NFE 1 and 4, it is Figure 6. Points: a row a network, a panel an
+    NFE. Images: a row an NFE, a column a noise.
     """
     rows = []
     for name, network, own in networks:
         kinds = own or nfes
         n = 4000 if len(shape) == 1 else columns
         cells = {k: draw(network, shape, n, k, seed, solver, device=device) for k in kinds}
+        role = name if name in plots.COLOURS else "student"
         if len(shape) == 1:
-            rows.append((name, name, list(cells.values())))
+            rows.append((name, role, list(cells.values())))
             if data is not None:                   # beside the first row alone
                 rows[-1][2].append(data if len(rows) == 1 else None)
         else:
-            rows += [(f"{name}, {k} NFE", name, list(decode(z))) for k, z in cells.items()]
+            rows += [(f"{name}, {k} NFE", role, list(decode(z))) for k, z in cells.items()]
     if len(shape) == 1:
         heads = [f"{k} NFE" for k in nfes] + (["data"] if data is not None else [])
         return plots.grid(path, rows, heads, title)
@@ -166,6 +168,17 @@ def trajectory(path, networks, shape, nfe, seed=0, device="cpu", solver="euler",
     if len(shape) == 1:
         return plots.paths(path, rows, title)
     return plots.grid(path, rows, [f"t = {t:.2g}" for t, _, _ in steps], title)
+
+
+def film(path, teacher, student, shape, seed=0, device="cpu", title=None, n=2500):
+    """A GIF of points on their way: the teacher in 50 steps, the student in 1, 2 and 4."""
+    panels = []
+    students = [("student", student, k) for k in (1, 2, 4)]
+    for name, network, nfe in [("teacher", teacher, 50), *students]:
+        steps = []
+        draw(network, shape, n, nfe, seed, batch=n, device=device, path=steps)
+        panels.append((f"{name}, {nfe} NFE", name, [zt for _, zt, _ in steps]))
+    return plots.film(path, panels, title)
 
 
 # ----------------------------------------------------------------------------------- networks
@@ -273,6 +286,8 @@ def parse(argv=None):
     to = parser.add_argument_group("what is written")
     to.add_argument("--trajectory", action="store_true", help="zt and z0-predictions along the "
                     "path (Figure 4: --nfe 10; Figure 7: --nfe 4 --no-teacher)")
+    to.add_argument("--gif", action="store_true", help="points: a film of teacher (50 NFE) and "
+                    "student (1, 2, 4 NFE)")
     to.add_argument("--npz", metavar="FILE", help="raw samples, arr_0, instead of a picture")
     to.add_argument("--out", metavar="FILE", help="the picture [samples/ beside the checkpoint]")
     add_field_flags(parser, (*MACHINE, "vae_weights"))
@@ -289,8 +304,8 @@ def parse(argv=None):
         raise UserError("--stochastic and --solver heun exclude each other; leave one out")
     if (args.npz or args.trajectory) and len(args.nfe) > 1:
         raise UserError("--npz and --trajectory take one --nfe; run them once for each")
-    if args.npz and args.trajectory:
-        raise UserError("--npz and --trajectory exclude each other; leave one out")
+    if bool(args.npz) + args.trajectory + args.gif > 1:
+        raise UserError("--npz, --trajectory and --gif exclude each other; leave one")
     return args
 
 
@@ -302,6 +317,8 @@ def main(argv=None):
     beside = path.with_name("teacher.pt")
     wanted = [beside] if args.teacher else [path]
     if args.trajectory and args.teacher is None and beside.exists() and beside != path:
+        wanted = [beside, path]
+    if args.gif:
         wanted = [beside, path]
     if args.checkpoint and args.dataset:
         trained = checkpoint.load(path)["config"]["dataset"]
@@ -340,6 +357,13 @@ def main(argv=None):
         return
 
     if not parallel.FIRST:                         # a picture is drawn by one process
+        return
+    if args.gif:
+        if not points:
+            raise UserError("--gif is for points; --trajectory shows the path of images")
+        out = film(args.out or path.parent / "samples" / "film.gif", networks[0][1], network, shape,
+                   args.seed, device, f"{dataset}: samples after so many calls of the network")
+        print(f"wrote {out}   from {', '.join(map(str, wanted))}")
         return
     kind = "trajectory" if args.trajectory else name
     suffix = "" if solver == "euler" else f"-{solver}"

@@ -79,7 +79,7 @@ def train_teacher(cfg):
                               title=f"the teacher's EMA after {done} iterations")
 
     checkpoint.save(folder / "teacher.pt", "teacher", cfg, dataset.shape, cfg.teacher_steps,
-                    ema=ema.state_dict())
+                    ema=ema.state_dict(), data=getattr(dataset, "key", ""))
     if parallel.FIRST:
         plots.losses(folder / "teacher_losses.png", log.curves(), f"teacher on {cfg.dataset}")
     return folder / "teacher.pt"
@@ -139,13 +139,22 @@ def adopt(path, own, cfg):
             raise UserError(f"{own} is another teacher than {path}; --overwrite replaces it, "
                             "another --out keeps both")
     checkpoint.save(own, "teacher", checkpoint.config_of(content), content["shape"],
-                    content["step"], ema=content["ema"])
+                    content["step"], ema=content["ema"], data=content.get("data", ""))
     return own
 
 
-def load_teacher(path, cfg, shape):
-    """The frozen teacher network of a teacher.pt; UserError where it does not fit the run."""
-    return network_of(checkpoint.load(path, "teacher"), path, cfg, shape)
+def load_teacher(path, cfg, shape, key=""):
+    """The frozen teacher network of a teacher.pt; UserError where it does not fit the run.
+
+    key tells the latents of the run. Those of other images or another autoencoder take another
+    teacher, unless it was named by --teacher-checkpoint.
+    """
+    content = checkpoint.load(path, "teacher")
+    if key and not cfg.teacher_checkpoint and (content.get("data") or key) != key:
+        raise UserError(f"{path} was trained on the latents {content['data']}, not on {key}: the "
+                        "images or the autoencoder have changed; delete it to train a new one, or "
+                        f"distil from it all the same by --teacher-checkpoint {path}")
+    return network_of(content, path, cfg, shape)
 
 
 def network_of(content, path, cfg, shape):

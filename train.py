@@ -4,12 +4,14 @@ phi is the teacher, theta the student, theta~ the moving average of theta that C
 second, slower average is the one that is sampled from. Where there is no teacher, one is trained.
 """
 
+import time
 from dataclasses import fields
 from types import SimpleNamespace
 
 import torch
 from torch.optim import AdamW
 
+import baselines
 import checkpoint
 import data
 import parallel
@@ -97,9 +99,12 @@ def scflow_step(net, z0, y, step, cfg, draws):
 
 def begin(teacher, cfg, shape, device):
     """All networks and optimisers of a run: theta, theta~ and the EMA start as the teacher phi."""
-    net = SimpleNamespace(teacher=teacher, student=copy_of(teacher).requires_grad_(True).train(),
-                          target=copy_of(teacher), ema=copy_of(teacher),
-                          disc=discriminator(cfg, shape))
+    def own():
+        return copy_of(teacher).requires_grad_(True).train()
+
+    disc = own() if cfg.method == "fgm" else discriminator(cfg, shape)   # fgm: its online flow
+    net = SimpleNamespace(teacher=teacher, student=own(), target=copy_of(teacher),
+                          ema=copy_of(teacher), disc=disc)
     for network in vars(net).values():
         prepare(network, cfg, device)
     net.student, net.disc = parallel.share(net.student), parallel.share(net.disc)
@@ -123,37 +128,47 @@ def train(cfg):
     dataset = data.load(cfg, device)
 
     torch.manual_seed(cfg.seed)
-    net = begin(load_teacher(teacher_path, cfg, dataset.shape), cfg, dataset.shape, device)
+    teacher = load_teacher(teacher_path, cfg, dataset.shape, getattr(dataset, "key", ""))
+    net = begin(teacher, cfg, dataset.shape, device)
 
     # all random draws of an iteration come from its own seed, so a step number is all that a
     # resumed run needs besides the weights and the optimisers
-    draws, start = data.Draws(cfg.seed, stream=1, device=device), 0
+    draws, start, spent = data.Draws(cfg.seed, stream=1, device=device), 0, 0.0
     states = {name: parallel.own(getattr(net, name)) for name in STATES}
     if cfg.resume and (folder / "student_resume.pt").exists():
         state = checkpoint.load(folder / "student_resume.pt", "student resume", device)
         for name, part in states.items():
             part.load_state_dict(state[name])
-        start = state["step"]
+        start, spent = state["step"], state.get("seconds", 0.0)
         del state
+    begun = time.perf_counter() - spent
 
     def save(step):
-        log.fetch()                                # so a loss that is not finite is never saved
         checkpoint.save(folder / "student_resume.pt", "student resume", cfg, dataset.shape, step,
+                        seconds=time.perf_counter() - begun,
                         **{name: part.state_dict() for name, part in states.items()})
 
-    log = checkpoint.Log(folder / "log.csv", TERMS, cfg.log_every, start, cfg.steps,
+    save(start)
+    iteration, batch, first, terms = scflow_step, dataset.batch, 0, TERMS
+    if cfg.method in baselines.STEPS:
+        iteration, terms = baselines.STEPS[cfg.method]
+        batch, first = baselines.prepare(net, cfg, dataset, folder, start, train)
+    start = max(start, first)
+
+    log = checkpoint.Log(folder / "log.csv", terms, cfg.log_every, start, cfg.steps,
                          cfg.batch_size, "student")
     with checkpoint.Interrupt() as interrupt, log:
-        save(start)
         for step in range(start, cfg.steps):
             draws.at(step)
-            set_rates(cfg, step, cfg.steps, (net.opt, cfg.lr), (net.opt_disc, cfg.disc_lr))
-            z0, y = dataset.batch(cfg.batch_size // parallel.WORLD, draws)
-            log.add(**scflow_step(net, z0, y, step, cfg, draws))
+            set_rates(cfg, step - first, cfg.steps - first,
+                      (net.opt, cfg.lr), (net.opt_disc, cfg.disc_lr))
+            z0, y = batch(cfg.batch_size // parallel.WORLD, draws)
+            log.add(**iteration(net, z0, y, step, cfg, draws))
 
             done = step + 1
             stop = interrupt.now(done, cfg.log_every, device)
             if done % cfg.save_every == 0 or done == cfg.steps or stop:
+                log.fetch()                        # so a loss that is not finite is never saved
                 save(done)
             if stop and done < cfg.steps:
                 raise checkpoint.Interrupted(folder, cfg, done, cfg.steps)
@@ -161,12 +176,13 @@ def train(cfg):
                 sample.strips(folder / f"preview_{done:06d}.png", [("student", net.ema, None)],
                               dataset.shape, (1, 4), device=device, decode=dataset.decode,
                               title=f"the student's EMA after {done} iterations")
+        seconds = time.perf_counter() - begun
 
     checkpoint.save(folder / "student.pt", "student", cfg, dataset.shape, cfg.steps,
-                    ema=net.ema.state_dict())
+                    ema=net.ema.state_dict(), seconds=seconds)
     if not parallel.FIRST:
         return folder / "student.pt"
-    plots.losses(folder / "losses.png", log.curves(), f"SCFlow on {cfg.dataset}")
+    plots.losses(folder / "losses.png", log.curves(), f"{cfg.method} on {cfg.dataset}")
     points = len(dataset.shape) == 1
     few, many = ((1, 2, 4, 8, 16),) * 2 if points else ((1, 2, 4, 8), (1, 2, 4, 8, 50))
     networks = [("teacher", net.teacher, many), ("student", net.ema, few)]

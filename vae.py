@@ -275,7 +275,7 @@ def cached(name):
     return Path(torch.hub.get_dir()) / "checkpoints" / name
 
 
-def fetch(weights, file_name=None):
+def fetch(weights, file_name=None, instead="a local file by --vae-weights"):
     """State dict of a WeightsEnum member, from torch.hub's cache or else from its URL.
 
     Raises UserError, naming the URL and the place for a file fetched by hand, where the server or
@@ -295,8 +295,8 @@ def fetch(weights, file_name=None):
             raise UserError(f"{path} cannot be read as weights: it is damaged or not what its "
                             f"name says; delete it, or {by_hand}") from e
         reason = " ".join(str(e).split()) or type(e).__name__
-        raise UserError(f"could not download {weights.url} ({reason[:200]}); {by_hand}, or name a "
-                        "local file by --vae-weights") from e
+        raise UserError(f"could not download {weights.url} ({reason[:200]}); {by_hand}, or name "
+                        f"{instead}") from e
 
 
 def read(path):

@@ -787,6 +787,18 @@ def test_a_teacher_of_other_latents(monkeypatch, no_pictures):
     assert not list(Path("runs").rglob("*.pt"))    # least of all the teacher that does not fit
 
 
+def test_a_teacher_of_images_that_changed_since(pooling, no_pictures):
+    a_folder("images", 12)
+    works(f"teacher.py {RUN} --data-dir images --out run")
+    noise_image(size=(32, 32), seed=99).save("images/new.png")
+    line = f"train.py {RUN} --data-dir images --out run"
+    refused(line, "run/teacher.pt", "have changed", "--teacher-checkpoint")
+    assert not Path("run/student.pt").exists()
+    works(f"{line} --teacher-checkpoint run/teacher.pt")
+    works(f"train.py {RUN} --data-dir images --out other --teacher-checkpoint run/teacher.pt")
+    assert read("other/teacher.pt")["data"] == read("run/teacher.pt")["data"] != ""
+
+
 def test_latents_are_shared_by_runs(pooling, no_pictures, monkeypatch):
     a_folder("images", 12)
     works(f"train.py {RUN} --data-dir images --out one")

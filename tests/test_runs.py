@@ -26,7 +26,7 @@ import torch
 
 import checkpoint
 import data
-import evaluate
+import features
 import losses
 import plots
 import sample
@@ -239,7 +239,7 @@ BAD = [
     ("sample.py --npz raw.npz --nfe 1 2", "--npz", "one --nfe"),
     ("sample.py --npz raw.npz --nfe 1 --trajectory", "--npz", "--trajectory"),
     ("evaluate.py --nfe 0", "--nfe"),
-    ("evaluate.py --n 1", "--n 1"),
+    ("evaluate.py --n 9", "--n 9"),
     # checkpoints
     ("sample.py --checkpoint no.pt", "no.pt"),
     ("evaluate.py --checkpoint no.pt", "no.pt"),
@@ -770,13 +770,18 @@ def test_the_table(moons):
     assert [(r["network"], r["nfe"]) for r in saved["rows"]] == [
         ("teacher", 1), ("teacher", 4), ("teacher", 100), ("student", 1), ("student", 4)]
     for row in saved["rows"]:
-        assert row["distance"] > saved["floor"] > 0
+        assert row["distance"] > saved["floor"]["distance"] > 0
         assert f"{row['distance']:.1f} ({row['spread']:.2f})" in printed
-    assert f"{saved['floor']:.1f} (1.00)" in printed
+        assert f"{row['precision']:.3f} / {row['recall']:.3f}" in printed
+    assert f"{saved['floor']['distance']:.1f} (1.00)" in printed
+    assert (moons / "evaluation.md").read_text().strip() in printed
 
-    # the same again, to another file
-    works("evaluate.py --nfe 1 4 --n 500 --out again.json")
-    assert json.loads(Path("again.json").read_text()) == saved
+    # the same again, in batches of another size and to another file
+    works("evaluate.py --nfe 1 4 --n 500 --out again.json --batch 77")
+    again = json.loads(Path("again.json").read_text())
+    for row, other in zip(saved["rows"], again["rows"]):
+        assert row["per_second"] > 0 and other.pop("per_second") != row.pop("per_second")
+        assert other == pytest.approx(row, rel=1e-5)
 
 
 def test_a_table_of_several_students(moons):
@@ -807,7 +812,7 @@ def readme_commands():
     text = path.read_text() if path.exists() else ""
     blocks = re.findall(r"^```(?:bash|sh)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    found = [re.match(r"\s*python ((?:train|teacher|sample|evaluate)\.py.*)", line)
+    found = [re.match(r"\s*python ((?:train|teacher|sample|evaluate|oversaturation)\.py.*)", line)
              for line in lines]
     return [shlex.join(shlex.split(m[1], comments=True)) for m in found if m]
 
@@ -826,8 +831,8 @@ def test_the_readmes_commands(mnist_dir, faces_dir, taef2_files, monkeypatch):
         return few[train]
 
     monkeypatch.setattr(data, "mnist", first_digits)
-    monkeypatch.setattr(evaluate, "mnist_classifier",
-                        lambda *args, **more: evaluate.Classifier().eval())
+    monkeypatch.setattr(features, "mnist_classifier",
+                        lambda *args, **more: features.Classifier().eval())
     training = ("--steps 3 --teacher-steps 3 --batch-size 16 --teacher-batch-size 16 --channels 16 "
                 "--disc-channels 8 --device cpu --threads 1")
     few_of = {"train.py": training, "teacher.py": training,
