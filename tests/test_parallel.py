@@ -191,6 +191,18 @@ def test_one_of_the_processes_writes_and_talks(moons):
     assert moons.err.count("Traceback") == 0
 
 
+@pytest.mark.parametrize("method", ["reflow-distill", "fgm"])
+def test_baselines_of_two_processes(method, moons):
+    shutil.copy(moons.home / "runs/one/teacher.pt", "teacher.pt")
+    line = (f"train.py {MOONS} --method {method} --pairs 21 --pair-steps 2 "
+            "--teacher-checkpoint teacher.pt")
+    works(f"{line} --out one")
+    all_work(f"{line} --out two")
+    for key, value in read("one/student_resume.pt")["student"].items():
+        torch.testing.assert_close(value, read("two/student_resume.pt")["student"][key],
+                                   atol=1e-5, rtol=0)
+
+
 def test_points_of_two_processes(moons):
     shutil.copy(moons.home / "runs/one/student.pt", "student.pt")
     line = "sample.py --checkpoint student.pt --nfe 2 --n 301 --device cpu --threads 1"

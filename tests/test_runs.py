@@ -24,6 +24,7 @@ import numpy as np
 import pytest
 import torch
 
+import ablation
 import checkpoint
 import data
 import features
@@ -849,6 +850,9 @@ def test_the_readmes_commands(mnist_dir, faces_dir, taef2_files, monkeypatch):
         return dict.fromkeys(functions, 1.0)
 
     monkeypatch.setattr(speed, "medians", once)
+    monkeypatch.setattr(features, "fid_network", lambda device: lambda x: x.flatten(2).mean(2))
+    monkeypatch.setattr(ablation, "as_long_as", lambda scflow, cfg, *more: cfg)
+    Path("my_features.py").write_text("def embed(x):\n    return x.flatten(1)[:, :20]\n")
     for command in commands:
         words = [word for word in shlex.split(command) if word not in ("--compile", "--download")]
         if "--help" in words:
@@ -857,7 +861,9 @@ def test_the_readmes_commands(mnist_dir, faces_dir, taef2_files, monkeypatch):
         if "--teacher-checkpoint" in words and "model_480.pth" in words:
             i = words.index("--teacher-checkpoint")
             del words[i : i + 2]
-        flags = few_of[words[0]].split()
+        flags = few_of.get(words[0], "").split()
+        if "--ablation" in words:
+            flags += f"{training} --pairs 20 --pair-steps 1 --nfe 1".split()
         if {"celebahq", "folder"} & set(words):
             flags += shlex.split("--model tiny --vae taef2 --batch-size 2" if "--speed" in words
                                else latents if words[0] in ("train.py", "teacher.py") else "")
