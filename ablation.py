@@ -12,7 +12,7 @@ that was stopped goes on; runs that several tables share are made once.
 import json
 import statistics
 import time
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ import evaluate
 import sample
 import teacher
 import train
-from config import CIRCUMSTANCES, Config, UserError, make_config, run_dir, words
+from config import Config, UserError, make_config, run_dir, teacher_fields, words
 from model import choose_device
 
 ROOT = Path("runs/ablation")
@@ -35,10 +35,12 @@ TABLES = {"losses": "Table 4, the ladder of losses", "weights": "Table 5, weight
 def cells(kind, default):
     """{label: the settings that differ from the data set's own}, in the order of the table."""
     if kind == "losses":
-        return {"CD": dict(losses=("cd",)), "+ GAN, truncation": dict(losses=("cd", "gan")),
+        return {"CD": dict(losses=("cd",), t_trunc=0.0),
+                "+ GAN, truncation": dict(losses=("cd", "gan")),
                 "+ RF": dict(losses=("cd", "gan", "rf")), "+ BI (all)": {}}
     if kind == "methods":
-        return {"SCFlow": {}, **{m: dict(method=m) for m in ("cd", *baselines.STEPS)}}
+        plain = {"cd": dict(method="cd", t_trunc=0.0)}
+        return {"SCFlow": {}, **plain, **{m: dict(method=m) for m in baselines.STEPS}}
     if kind == "times":
         values = {"t_trunc": (0.0, 0.1, 0.2, 0.4, 0.6), "t_skip": (0.02, 0.05, 0.1, 0.2),
                   "mu": (0.0, 0.5, 0.9, 0.99)}
@@ -54,16 +56,25 @@ def cells(kind, default):
 
 def slug(settings):
     """A folder's name for the settings of a cell."""
+    if "losses" in settings or "method" in settings:
+        settings = {k: v for k, v in settings.items() if k != "t_trunc"}
     return "-".join(f"{k}-{words(v).replace(' ', '-')}" for k, v in settings.items()) or "scflow"
 
 
 def run(args, given):
     """Trains and measures the cells of `--ablation`, prints their table, draws Figure 6."""
+    try:
+        make_table(args, given)
+    except checkpoint.Interrupted as e:
+        raise KeyboardInterrupt("stopped and saved; the same command goes on") from e
+
+
+def make_table(args, given):
     kind, dataset = args.ablation, args.dataset or Config.dataset
     root, nfes = ROOT / dataset, args.nfe
     default = make_config(dataset, **given)
     shape = data.sample_shape(default)
-    rows, trained, pictures, reference, how = [], {}, [], None, None
+    rows, trained, pictures, diverged, reference, how = [], {}, [], [], None, None
 
     for seed in range(args.seed, args.seed + args.seeds):
         own = str(root / f"teacher-{seed}")
@@ -73,7 +84,7 @@ def run(args, given):
             reference, how = evaluate.prepare(args, default, shape, network)
             how["decode"] = sample.open_decoder(content, default)
         many = evaluate.MANY[reference.points] - (args.solver == "heun")
-        rows += measured(phi, "teacher", [*nfes, many], reference, how, args, default)
+        rows += measured(phi, "teacher", sorted({*nfes, many}), network, reference, how, args.seed)
         pictures += [("teacher", network, (1, 4))] if seed == args.seed else []
 
         for label, settings in cells(kind, default).items():
@@ -82,27 +93,31 @@ def run(args, given):
                               out=str(root / f"{slug(settings)}-{seed}"))
             if kind == "methods" and cfg.method != "scflow":
                 cfg = as_long_as(trained["SCFlow"][-1], cfg, root / "budget.json", phi)
-            path = the_student(cfg)
-            rows += measured(path, label, nfes, reference, how, args, default)
+            try:
+                path = the_student(cfg)
+            except checkpoint.Diverged as e:
+                diverged.append(f"{label}, seed {seed}: {str(e).split(',')[0]}")
+                continue
             network, content = sample.open_network(path, default)
+            rows += measured(path, label, nfes, network, reference, how, args.seed)
             trained.setdefault(label, []).append((content["step"], content["seconds"]))
             pictures += [(label, network, (1, 4))] if seed == args.seed else []
 
     text = evaluate.report(dataset, reference, evaluate.medians(rows) if args.seeds > 1 else rows,
                            args.solver)
-    text = f"{TABLES[kind]}: {text}\n\n{costs(trained)}"
+    text = "\n\n".join([f"{TABLES[kind]}: {text}", costs(trained), *diverged])
     print(text)
     evaluate.write(args.out or root / kind, dataset, reference, rows, text, ablation=kind,
-                   seeds=args.seeds, solver=args.solver, trained=trained)
+                   seeds=args.seeds, solver=args.solver, trained=trained, diverged=diverged)
     if kind == "losses":
         picture = sample.strips(root / "figure6.png", pictures, shape, (1, 4), args.seed,
-                                how["device"], args.solver, columns=8, decode=how["decode"],
+                                how["device"], columns=8, decode=how["decode"],
                                 title=f"{dataset}: the losses one after the other (Figure 6)")
         print(f"wrote {picture}")
 
 
 def costs(trained):
-    """Iterations and seconds of every cell, as a table; the slowest machine state shows here."""
+    """Iterations and seconds of every cell, a number a seed, as a table."""
     lines = ["| run | iterations | seconds of training |", "|---|---|---|"]
     for label, runs in trained.items():
         steps, seconds = (" ".join(f"{r[i]:,.0f}" for r in runs) for i in (0, 1))
@@ -116,25 +131,33 @@ def costs(trained):
 def the_teacher(cfg):
     """The path of the teacher for these settings: found, finished, or trained."""
     own = run_dir(cfg) / "teacher.pt"
-    unfinished = teacher.state_path(own).exists() and not own.exists()
-    return teacher.find_or_train(replace(cfg, resume=unfinished))
+    return teacher.find_or_train(go_on(cfg, own, teacher.state_path(own), teacher_fields(cfg)))
 
 
 def the_student(cfg):
     """The path of a cell's student: kept where it is finished, else trained, or trained on."""
     folder = run_dir(cfg)
-    if (folder / "student_resume.pt").exists() and not (folder / "student.pt").exists():
-        names = [f.name for f in fields(Config) if f.name not in CIRCUMSTANCES or f.name == "out"]
-        cfg = checkpoint.resumed(replace(cfg, resume=True), names, folder)
-        cfg = replace(cfg, resume=True)
     print(f"\n{folder}")
-    return train.train(cfg)
+    return train.train(go_on(cfg, folder / "student.pt", folder / "student_resume.pt",
+                             train.what_counts(cfg)))
 
 
-def measured(path, label, nfes, reference, how, args, machine):
+def go_on(cfg, path, state, names):
+    """cfg, with resume where there is a state but no result; UserError where it is of others."""
+    found = [p for p in (path, state) if p.exists()]
+    if found:
+        there = checkpoint.config_of(checkpoint.load(found[0]))
+        if clash := checkpoint.differences(cfg, there, names):
+            raise UserError(f"{found[0]} is of a table with other settings: {clash}; remove its "
+                            "folder to train it anew, or give the same flags")
+    return replace(cfg, resume=found == [state])
+
+
+def measured(path, label, nfes, network, reference, how, seed):
     """The rows of evaluate.measure for a checkpoint, kept beside it in a file."""
     kept = path.with_name(f"{path.stem}-measured.json")
-    key = dict(nfes=nfes, n=how["n"], solver=how["solver"], seed=args.seed, metric=reference.name)
+    key = dict(nfes=nfes, n=how["n"], solver=how["solver"], seed=seed, metric=reference.name,
+               data=f"{reference.data.double().sum().item():.6g}")
     if kept.exists() and kept.stat().st_mtime >= path.stat().st_mtime:
         try:
             content = json.loads(kept.read_text())
@@ -142,9 +165,8 @@ def measured(path, label, nfes, reference, how, args, machine):
                 return [{**row, "network": label} for row in content["rows"]]
         except (ValueError, KeyError):             # cut short: measured anew
             pass
-    network, _ = sample.open_network(path, machine)
-    rows = evaluate.measure(label, network, nfes, reference, seed=args.seed, **how)
-    kept.write_text(json.dumps({"key": key, "rows": rows}, indent=1) + "\n")
+    rows = evaluate.measure(label, network, nfes, reference, seed=seed, **how)
+    evaluate.write_text(kept, json.dumps({"key": key, "rows": rows}, indent=1))
     return rows
 
 
@@ -158,12 +180,14 @@ def as_long_as(scflow, cfg, path, phi):
     number is kept in the file `path`, so that an interrupted table goes on with the same one.
     """
     known = json.loads(path.read_text()) if path.exists() else {}
-    name = run_dir(cfg).name
-    if name not in known:
-        steps, seconds = scflow
+    name, (steps, seconds) = run_dir(cfg).name, scflow
+    if known.get(name, {}).get("scflow") != [steps, seconds]:
         device, shape = choose_device(cfg), data.sample_shape(cfg)
-        as_scflow = replace(cfg, method="scflow", losses=Config.losses)
-        each = seconds / steps / iteration(as_scflow, phi, shape, device)   # today's machine
+        like = replace(cfg, method="scflow", losses=Config.losses)
+        late = min(max(cfg.n_gan, cfg.n_rf, cfg.n_bi), steps)
+        today = late * iteration(like, phi, shape, device, 0) + (steps - late) * iteration(
+            like, phi, shape, device)
+        slower = seconds / today                   # than now, and previews, logs and so on
         stages = {"reflow": ["reflow"], "reflow-distill": ["reflow"] * 5 + ["reflow-distill"]}
         parts = [iteration(replace(cfg, method=m), phi, shape, device)
                  for m in stages.get(cfg.method, [cfg.method])]
@@ -172,24 +196,24 @@ def as_long_as(scflow, cfg, path, phi):
             network, k = teacher.load_teacher(phi, cfg, shape), min(cfg.pairs, 500)
             begun = time.perf_counter()
             sample.draw(network.to(device), shape, k, cfg.pair_steps, batch=k, device=device)
-            for_pairs = (time.perf_counter() - begun) * cfg.pairs / k
+            for_pairs = slower * (time.perf_counter() - begun) * cfg.pairs / k
             for_pairs *= 2 if cfg.method == "reflow-distill" else 1
-        left = (seconds - for_pairs) / (each * sum(parts) / len(parts))
+        left = (seconds - for_pairs) / (slower * sum(parts) / len(parts))
         if left < 100:
             raise UserError(f"making the pairs alone takes about {for_pairs:.0f} s, SCFlow's whole "
                             f"run {seconds:.0f} s; choose fewer --pairs or --pair-steps")
-        known[name] = int(left)
-        path.write_text(json.dumps(known, indent=1) + "\n")
-    return replace(cfg, steps=known[name])
+        known[name] = {"scflow": [steps, seconds], "steps": int(left)}
+        evaluate.write_text(path, json.dumps(known, indent=1))
+    return replace(cfg, steps=known[name]["steps"])
 
 
-def iteration(cfg, phi, shape, device, at_most=3.0):
-    """Seconds of one iteration of a method, the median of those that fit into `at_most` seconds."""
+def iteration(cfg, phi, shape, device, number=None, at_most=3.0):
+    """Seconds of iteration `number` of a method (None: one after all warm-ups), a median."""
     net = train.begin(teacher.load_teacher(phi, cfg, shape), cfg, shape, device)
     step, _ = baselines.STEPS.get(cfg.method, (train.scflow_step, None))
     draws, z0 = data.Draws(0, device=device), torch.randn(cfg.batch_size, *shape, device=device)
     second = torch.randn_like(z0) if "reflow" in cfg.method else None
-    late = max(cfg.n_gan, cfg.n_rf, cfg.n_bi)
+    late = max(cfg.n_gan, cfg.n_rf, cfg.n_bi) if number is None else number
     seconds = []
     while sum(seconds) < at_most and len(seconds) < 200:
         begun = time.perf_counter()

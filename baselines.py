@@ -5,9 +5,12 @@
     reflow-distill  2-RF, then one-step regression on pairs that 2-RF made
     fgm             flow generator matching: one step, no data, an online flow beside the teacher
 
-Same student, teacher, learning rates and averages as scflow_step in train.py, which they replace.
+Same student, teacher, learning rates and averages as scflow_step in train.py, which they replace;
+FGM's authors use rates of their own (3e-5, betas 0 and 0.999, gradients clipped at 1).
 """
 
+import math
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -69,26 +72,33 @@ class Pairs:
         self.shape, self.size, self.device = tuple(shape), n, device
         try:
             if parallel.FIRST and not path.exists():
-                rows = np.lib.format.open_memmap(path, "w+", np.float32, (n, *shape))
+                need, free = 4 * n * math.prod(shape), shutil.disk_usage(path.parent).free
+                if need > free:
+                    raise OSError(f"{need / 1e6:,.0f} MB are needed, {free / 1e6:,.0f} MB are free")
+                part = path.with_name(path.name + ".part")
+                rows = np.lib.format.open_memmap(part, "w+", np.float32, (n, *shape))
                 rows[:] = np.nan
                 rows.flush()
+                part.replace(path)
             parallel.wait()
             rows = np.lib.format.open_memmap(path, "r+")
+            if rows.shape != (n, *shape):
+                raise ValueError(f"it holds {rows.shape}, not {(n, *shape)}")
             each = -(-n // parallel.WORLD)
             mine = range(parallel.RANK * each, min((parallel.RANK + 1) * each, n))
             for i in tqdm(mine[::batch], desc=f"pairs by {nfe} steps", unit="batch",
                           disable=not parallel.FIRST):
                 k = min(batch, mine.stop - i)
                 if np.isnan(rows[i : i + k]).any():
-                    rows[i : i + k] = sample.draw(network, shape, k, nfe, seed + PAIRS_SEED,
-                                                  batch=batch, device=device, first=i)
+                    rows[i : i + k] = sample.draw(network, shape, k, nfe, seed, batch=batch,
+                                                  device=device, first=i)
             rows.flush()
             parallel.wait()
         except (OSError, ValueError) as e:
             raise UserError(f"could not write or read the pairs {path} ({e}); make room, or remove "
                             "the file where it is damaged") from e
         self.z0 = torch.from_numpy(np.array(rows))
-        self.z1 = sample.noise(shape, n, seed + PAIRS_SEED)
+        self.z1 = sample.noise(shape, n, seed)
 
     def batch(self, n, draws):
         """n pairs, ((n, *shape), (n, *shape)): data first, then its noise."""
@@ -149,26 +159,22 @@ def prepare(net, cfg, dataset, folder, start, train):
     """What a baseline's iterations need: (the function for their batches, number of the first).
 
     reflow-distill spends the first 5/6 of its iterations on a 2-RF of its own in folder/reflow, as
-    the paper spends 50 of 60 epochs; `train` is train.train. Raises Interrupted on Ctrl-C.
+    the paper spends 50 of 60 epochs; `train` is train.train.
     """
-    first, source = 0, net.teacher
     if cfg.method == "fgm":
-        return dataset.batch, first
-    try:
-        if cfg.method == "reflow-distill":
-            first = max(1, cfg.steps * 5 // 6)
-            path = train(replace(cfg, method="reflow", steps=first, out=str(folder / "reflow"),
+        return dataset.batch, 0
+    path, source, first, seed = folder / "pairs.npy", net.teacher, 0, cfg.seed + PAIRS_SEED
+    if start == 0 and not cfg.resume and parallel.FIRST:
+        path.unlink(missing_ok=True)               # of an older run
+    if cfg.method == "reflow-distill":
+        first = max(1, cfg.steps * 5 // 6)
+        straight = train(replace(cfg, method="reflow", steps=first, out=str(folder / "reflow"),
                                  teacher_checkpoint=str(folder / "teacher.pt")))
-            source = copy_of(net.teacher)
-            checkpoint.load_weights(source, checkpoint.load(path, "student")["ema"], path)
-            if start <= first:                     # theta <- 2-RF
-                for network in (net.student, net.target, net.ema):
-                    parallel.own(network).load_state_dict(source.state_dict())
-        path = folder / "pairs.npy"
-        if start == 0 and not cfg.resume and parallel.FIRST:
-            path.unlink(missing_ok=True)           # of an older run
-        pairs = Pairs(path, source, dataset.shape, cfg.pairs, cfg.pair_steps, cfg.seed,
-                      next(source.parameters()).device, 64 if cfg.dataset in LATENT_SETS else 500)
-    except KeyboardInterrupt as e:
-        raise checkpoint.Interrupted(folder, cfg, start, cfg.steps) from e
+        source, seed = copy_of(net.teacher), seed + PAIRS_SEED   # noise that 2-RF has not seen
+        checkpoint.load_weights(source, checkpoint.load(straight, "student")["ema"], straight)
+        if start <= first:                         # theta <- 2-RF
+            for network in (net.student, net.target, net.ema):
+                parallel.own(network).load_state_dict(source.state_dict())
+    pairs = Pairs(path, source, dataset.shape, cfg.pairs, cfg.pair_steps, seed,
+                  next(source.parameters()).device, 64 if cfg.dataset in LATENT_SETS else 500)
     return pairs.batch, first

@@ -1,8 +1,8 @@
 """What a run leaves on disk: checkpoints that describe themselves, the resume state, log.csv.
 
 A checkpoint is a dict of tensors and plain values: "scflow" (the version of this format), "kind"
-("teacher", "student" or "resume"), "config" (the settings as a dict), "shape" (of one sample),
-"step", and the state dicts of its kind. Always read with weights_only=True.
+("teacher", "student", the resume state of either, "classifier"), "config" (the settings as a dict),
+"shape" (of one sample), "step", and state dicts. It is always read with weights_only=True.
 """
 
 import csv
@@ -148,7 +148,9 @@ def resumed(cfg, given, folder):
     if not found:
         raise UserError(f"there is nothing to resume in {folder}; leave --resume out to start")
     there = config_of(load(found[0], ("student resume", "teacher resume")))
-    free = (*CIRCUMSTANCES, "steps", "teacher_steps")
+    free = (*CIRCUMSTANCES, "teacher_steps")
+    if there.method != "reflow-distill":           # whose steps are shared out between its stages
+        free += ("steps",)
     if clash := differences(cfg, there, [name for name in given if name not in free]):
         raise UserError(f"--resume goes on with the settings saved in {found[0]}; these differ: "
                         f"{clash}; leave them out, or start anew with --overwrite or another --out")
@@ -202,6 +204,10 @@ class Interrupted(KeyboardInterrupt):
                          f"command and --resume (--dataset {cfg.dataset} --out {folder} --resume)")
 
 
+class Diverged(UserError):
+    """A loss that is not finite."""
+
+
 class Log:
     """The progress bar, log.csv, and the watch for losses that are not finite.
 
@@ -252,9 +258,9 @@ class Log:
         for i, terms in enumerate(self.waiting):
             for name, value in zip(terms, values):
                 if not math.isfinite(value):
-                    raise UserError(f"{name} became {value} at step {first + i}, so the run "
-                                    "stopped; what was saved before is kept. Lower the learning "
-                                    "rate, or try --precision fp32")
+                    raise Diverged(f"{name} became {value} at step {first + i}, so the run "
+                                   "stopped; what was saved before is kept. Lower the learning "
+                                   "rate, or try --precision fp32")
                 found.setdefault(name, []).append(value)
         per_second = len(self.waiting) * self.batch_size / (time.perf_counter() - self.clock)
         row = {name: f"{sum(values) / len(values):.6g}" for name, values in found.items()}

@@ -30,7 +30,7 @@ class Config:
     dataset: Literal[DATASETS] = "checkerboard"  # what to learn; folder: any images of your own
     data_dir: str = "data"          # folder (or .zip) of the images, or where they are downloaded
     download: bool = False          # celebahq: fetch its 3 GB of parquet files into the folder
-    out: str = ""                   # folder of the run; empty: runs/<dataset>, or -<method>
+    out: str = ""                   # folder of the run; empty: runs/<dataset>[-<method>]
     seed: int = 0                   # of weights, data and noise; step i draws from (seed, i) alone
     resume: bool = False            # continue the run in the folder, with the settings saved there
     overwrite: bool = False         # replace a teacher or student of other settings in the folder
@@ -95,7 +95,7 @@ class Config:
     n_rf: int = 1000                # first iteration with reflow
     n_bi: int = 0                   # first iteration with the bidirectional loss
     r1: float = 0.1                 # gamma of R1, (gamma / 2) E || grad D(z0) ||^2; 0 leaves it out
-    pairs: int = 50_000             # reflow, reflow-distill: pairs (z0, z1) made by the teacher
+    pairs: int = 50_000             # reflow, reflow-distill: how many pairs (z0, z1) are made
     pair_steps: int = 100           # reflow, reflow-distill: Euler steps that make a pair
 
     # -- what is written, and when
@@ -200,9 +200,12 @@ def make_config(dataset=Config.dataset, **given):
                         "one preset of its own")
     cfg = Config(**{**settings, **{k: v for k, v in given.items() if k not in ("model", "preset")}})
     if cfg.method != "scflow":
-        if cfg.losses not in (Config.losses, ("cd",)) or cfg.method != "cd" and "losses" in given:
+        if "losses" in given and (cfg.method, cfg.losses) != ("cd", ("cd",)):
             raise UserError(f"--losses chooses among SCFlow's; --method {cfg.method} has its own")
         cfg = replace(cfg, losses=("cd",))
+        if cfg.method == "cd" and given.get("t_trunc"):
+            raise UserError("--method cd is plain consistency distillation, not truncated; "
+                            "--losses cd with --t-trunc truncates it")
     if "gan" not in cfg.losses and "t_trunc" not in given:
         cfg = replace(cfg, t_trunc=0.0)
     if dataset in LATENT_SETS:                         # a checkpoint finds these from anywhere
@@ -238,6 +241,8 @@ def check(cfg):
     if cfg.image_size % FACTOR:
         raise UserError(f"--image-size {cfg.image_size} does not divide by {FACTOR}, which the "
                         "autoencoders need")
+    if cfg.method == "reflow-distill" and cfg.steps < 2:
+        raise UserError("--method reflow-distill has two stages, so --steps must be at least 2")
     if "cd" not in cfg.losses:
         raise UserError("--losses must contain cd; the others correct it and do not stand alone")
 

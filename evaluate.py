@@ -47,7 +47,7 @@ def frechet_distance(a, b):
     if min(len(a), len(b)) < 2:
         raise ValueError("a covariance takes at least two samples")
     a, b = a.double().cpu(), b.double().cpu()
-    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
+    cov_a, cov_b = (torch.cov(x.T).view(x.shape[1], x.shape[1]) for x in (a, b))
     values, vectors = torch.linalg.eigh(cov_a)
     root_a = vectors * values.clamp(min=0).sqrt() @ vectors.T
     cross = torch.linalg.eigvalsh(root_a @ cov_b @ root_a).clamp(min=0).sqrt().sum()
@@ -56,21 +56,28 @@ def frechet_distance(a, b):
 
 
 @torch.no_grad()
-def precision_recall(real, fake, k=3, at_a_time=1000):
+def radii(x, k=3, at_a_time=1000):
+    """Distance of each of the features (n, d) from its k-th neighbour, (n,) float64.
+
+    In pieces, so that memory grows with n alone. Raises ValueError for n <= k.
+    """
+    if len(x) <= k:
+        raise ValueError(f"precision and recall take more than k = {k} samples")
+    x = x.double().cpu()                           # each is its own nearest, hence k + 1
+    return torch.cat([torch.cdist(part, x).topk(k + 1, largest=False).values[:, -1]
+                      for part in x.split(at_a_time)])
+
+
+@torch.no_grad()
+def precision_recall(real, fake, k=3, at_a_time=1000, real_radii=None):
     """Precision and recall of Kynkaanniemi et al. (2019) on features (n, d), (m, d).
 
     Precision: the share of `fake` within the k-th neighbour's distance of some `real`; recall: the
-    reverse. In pieces, so that memory grows with n alone. Raises ValueError for n or m <= k.
+    reverse. Raises ValueError for n or m <= k. real_radii: radii(real), where they are known.
     """
-    if min(len(real), len(fake)) <= k:
-        raise ValueError(f"precision and recall take more than k = {k} samples")
+    real_radii = radii(real, k, at_a_time) if real_radii is None else real_radii
+    fake_radii = radii(fake, k, at_a_time)
     real, fake = real.double().cpu(), fake.double().cpu()
-
-    def radii(x):                                  # each is its own nearest, hence k + 1
-        return torch.cat([torch.cdist(part, x).topk(k + 1, largest=False).values[:, -1]
-                          for part in x.split(at_a_time)])
-
-    real_radii, fake_radii = radii(real), radii(fake)
     inside, covered = torch.zeros(len(fake), dtype=torch.bool), []
     for part, radius in zip(real.split(at_a_time), real_radii.split(at_a_time)):
         apart = torch.cdist(part, fake)            # (at_a_time, m)
@@ -112,53 +119,61 @@ class Reference:
     def __init__(self, cfg, n, spec="", device="cpu"):
         name, self.features = extractor(cfg.dataset, spec, cfg.data_dir, device)
         generator = torch.Generator().manual_seed(20_000)
-        self.points, against = cfg.dataset in POINT_SETS, ""
+        self.points, against, self.floor_name = cfg.dataset in POINT_SETS, "", "data against data"
         if self.points:
-            real, other = (data.sample_points(cfg.dataset, n, generator) for _ in range(2))
-            self.data, other, spread = real, other, Spread(real)
+            self.data, other = (data.sample_points(cfg.dataset, n, generator) for _ in range(2))
+            spread, others = Spread(self.data), Spread(other)
         elif cfg.dataset == "mnist":
             digits = data.mnist(cfg.data_dir)[0]
             digits = digits[torch.randperm(len(digits), generator=generator)[:n]]
             real, other = (data.from_uint8(x) for x in (data.mnist(cfg.data_dir, False)[0], digits))
-            self.data, other, spread = self.features(real), self.features(other), Spread(real)
+            spread, others = Spread(real), Spread(other)
+            self.data, other = self.features(real), self.features(other)
             against = f"{len(real):,} test digits"
         else:
             self.data, spread = self.of_images(cfg)
-            half = torch.randperm(len(self.data), generator=generator).chunk(2)
-            other = self.data[half[0]]
-            against = f"{len(self.data):,} images"
-        if not self.points and min(n, len(self.data)) < self.data.shape[1] + 1:
-            print(f"note: {min(n, len(self.data)):,} samples do not fill a covariance of "
-                  f"{self.data.shape[1]} features; the distance is biased upwards")
+            others, against = spread, f"{len(self.data):,} images"
+        if not self.points and min(n, len(self.data)) <= self.data.shape[1]:
+            raise UserError(f"{min(n, len(self.data)):,} samples are too few for the covariance of "
+                            f"{self.data.shape[1]:,} features; take more by --n, more images, or "
+                            "fewer features by --features")
+        self.data = self.data[torch.randperm(len(self.data), generator=generator)]
         self.std, self.at_most = spread.std, min(n, len(self.data), NEIGHBOURS)
+        self.radii = radii(self.data[:self.at_most])
         self.name = (f"sliced W2 x 1000, {n:,} points" if self.points else
                      f"Frechet distance on {name}, {n:,} samples against {against}")
-        if cfg.dataset in LATENT_SETS:             # there is no test split: half against half
-            self.floor = self.compare(other, self.data[half[1]])
+        if cfg.dataset in LATENT_SETS:             # there is no test split: some against the rest
+            k = min(n, len(self.data) // 2)
+            self.floor_name = f"data, {k:,} against {len(self.data) - k:,}"
+            self.floor = self.compare(self.data[:k], self.data[k:])
         else:
             self.floor = self.compare(other)
+        self.floor["spread"] = others.std / self.std
 
     def of_images(self, cfg):
         """Features and spread of all the images of a run, in batches."""
         images, found, spread = data.open_images(cfg), [], Spread()
-        batch = []
-        for i, (_, pixels, _) in enumerate(tqdm(data.decoded(images, cfg.image_size),
+        batch, skipped = [], []
+        for i, (file, pixels, _) in enumerate(tqdm(data.decoded(images, cfg.image_size),
                                                 total=images.size, desc="features of the data"), 1):
-            batch += [] if pixels is None else [pixels]
+            (skipped if pixels is None else batch).append(file if pixels is None else pixels)
             if batch and (len(batch) == BATCH or i == images.size):
                 x = data.from_uint8(torch.stack(batch))
                 found.append(self.features(x))
                 spread.add(x)
                 batch = []
-        if sum(map(len, found)) < 10:
-            raise UserError(f"{cfg.data_dir} has too few images that can be read to compare with")
+        if skipped:
+            print(f"skipped {len(skipped):,} images that cannot be read, {skipped[0]} the first")
+        if not found:
+            raise UserError(f"{cfg.data_dir} has no image that can be read")
         return torch.cat(found), spread
 
     def compare(self, fake, real=None):
-        """Distance, precision and recall of features (n, d)."""
+        """Distance, precision and recall of features (n, d), against the data's or `real`."""
+        known = self.radii if real is None else None
         real = self.data if real is None else real
         k = min(self.at_most, len(real), len(fake))
-        precision, recall = precision_recall(real[:k], fake[:k])
+        precision, recall = precision_recall(real[:k], fake[:k], real_radii=known)
         distance = 1000 * sliced_w2(fake, real) if self.points else frechet_distance(fake, real)
         return {"distance": distance, "precision": precision, "recall": recall}
 
@@ -176,7 +191,7 @@ def measure(name, network, nfes, reference, shape, n, seed=0, solver="euler", ba
 
     The same noise for every network and NFE. consistency: RMS distance, per element of z0, of the
     sample from the one-step sample of the same noise; spread: std over the data's; per_second:
-    samples, decoding included. Memory holds a batch of samples and the features of n.
+    samples, decoding included. Memory holds a batch of samples, and the features of n at every NFE.
     """
     found = {k: {"features": [], "spread": Spread(), "gap": 0.0, "seconds": 0.0}
              for k in sorted({1, *nfes})}
@@ -194,7 +209,8 @@ def measure(name, network, nfes, reference, shape, n, seed=0, solver="euler", ba
             entry["features"].append(reference.features(x))
             entry["spread"].add(x)
     numbers = n * torch.Size(shape).numel()
-    return [{"network": name, "nfe": k, **reference.compare(torch.cat(found[k]["features"])),
+    return [{"network": name, "nfe": k, "seed": seed,
+             **reference.compare(torch.cat(found[k]["features"])),
              "consistency": (found[k]["gap"] / numbers) ** 0.5,
              "spread": found[k]["spread"].std / reference.std,
              "per_second": n / found[k]["seconds"]} for k in nfes]
@@ -214,7 +230,7 @@ def medians(rows, name=lambda row: row["network"]):
             for (network, nfe), group in groups.items()]
 
 
-def table(rows, cell, floor=""):
+def table(rows, cell, floor="", floor_name="data against data"):
     """Rows as an aligned Markdown table: a line a network, a column an NFE, cell(row) in each."""
     nfes = sorted({r["nfe"] for r in rows})
     cells = {(r["network"], r["nfe"]): cell(r) for r in rows}
@@ -222,7 +238,7 @@ def table(rows, cell, floor=""):
     for name in dict.fromkeys(r["network"] for r in rows):
         lines.append(f"| {name} |" + "".join(f" {cells.get((name, k), '')} |" for k in nfes))
     if floor:
-        lines.append(f"| data against data | {floor} |" + " |" * (len(nfes) - 1))
+        lines.append(f"| {floor_name} | {floor} |" + " |" * (len(nfes) - 1))
     columns = [max(len(c) for c in column) for column in zip(*(x.split("|") for x in lines))]
     return "\n".join(
         "|".join(c.ljust(w, "-" if i == 1 else " ") for c, w in zip(line.split("|"), columns))
@@ -235,16 +251,17 @@ def report(dataset, reference, rows, solver="euler"):
     within = f" +- half the range of {several} runs" if several > 1 else ""
 
     def distance(r):
-        plus = f" +- {r['within']:.1f}" if several > 1 else ""
+        plus = f" +- {r['within']:.1f}" if r.get("runs", 1) > 1 else ""
         return f"{r['distance']:.1f}{plus} ({r['spread']:.2f})"
 
     kept = f"k = 3, {reference.at_most:,} samples"
     return "\n\n".join([
         f"{dataset}, {solver}: {reference.name}{within}; in brackets std over the data's",
-        table(rows, distance, f"{floor['distance']:.1f} (1.00)"),
+        table(rows, distance, f"{floor['distance']:.1f} ({floor['spread']:.2f})",
+              reference.floor_name),
         f"precision / recall ({kept})",
         table(rows, lambda r: f"{r['precision']:.3f} / {r['recall']:.3f}",
-              f"{floor['precision']:.3f} / {floor['recall']:.3f}"),
+              f"{floor['precision']:.3f} / {floor['recall']:.3f}", reference.floor_name),
         "consistency: RMS distance from the one-step sample of the same noise",
         table(rows, lambda r: f"{r['consistency']:.3f}"),
         "samples a second",
@@ -254,18 +271,24 @@ def report(dataset, reference, rows, solver="euler"):
 
 def write(out, dataset, reference, rows, text, **more):
     """The rows as OUT.json and the text as OUT.md; UserError where they cannot be written."""
-    out = Path(out).with_suffix("")
+    out = str(out).removesuffix(".json").removesuffix(".md")
     content = {"dataset": dataset, "metric": reference.name, "floor": reference.floor, **more,
                "rows": rows}
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        for suffix, what in ((".json", json.dumps(content, indent=1)), (".md", text)):
-            part = out.with_suffix(".part")
-            part.write_text(what + "\n")
-            part.replace(out.with_suffix(suffix))
-    except OSError as e:
-        raise UserError(f"could not write {out}.json ({e.strerror}); name another by --out") from e
+    write_text(f"{out}.json", json.dumps(content, indent=1))
+    write_text(f"{out}.md", text)
     print(f"\nwrote {out}.json, {out}.md")
+
+
+def write_text(path, text):
+    """Writes a text to a temporary file, then renames it; UserError where that fails."""
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(text + "\n")
+        part.replace(path)
+    except OSError as e:
+        raise UserError(f"could not write {path} ({e.strerror}); name another by --out") from e
 
 
 # ------------------------------------------------------------------------------- command line
@@ -288,21 +311,28 @@ def networks_of(paths, cfg):
     if len(sets) > 1:
         raise UserError(f"these checkpoints were trained on {', '.join(sorted(sets))}; "
                         "a table holds runs of one data set")
-    shapes = {tuple(content["shape"]) for _, content in opened}
-    if len(shapes) > 1:
-        raise UserError(f"these checkpoints hold samples of shapes {shapes}; a table holds one")
+    settings = [checkpoint.config_of(content) for _, content in opened]
+    if sets & set(LATENT_SETS):
+        for other in settings[1:]:
+            clash = checkpoint.differences(settings[0], other, ("data_dir", "image_size", "vae"))
+            if clash:
+                raise UserError(f"these checkpoints were trained on other images: {clash}; a table "
+                                "holds runs of one data set")
     teachers = {}
     for path in paths:
         beside = path.with_name("teacher.pt")
         if beside.exists() and beside not in paths:
             network, content = sample.open_network(beside, cfg)
-            settings = checkpoint.config_of(content)
-            key = tuple(getattr(settings, name) for name in TEACHER_FIELDS)
+            its = checkpoint.config_of(content)
+            key = tuple(getattr(its, name) for name in TEACHER_FIELDS)
             teachers.setdefault(key, (f"teacher of {path.parent.name}", network))
     if len(teachers) == 1:
         teachers = {key: ("teacher", network) for key, (_, network) in teachers.items()}
-    students = [(content["kind"].split()[0] if len(paths) == 1 else path.parent.name, network)
-                for path, (network, content) in zip(paths, opened)]
+    names = [path.parent.name for path in paths]
+    names = names if len(set(names)) == len(paths) else list(map(str, paths))
+    if len(paths) == 1:
+        names = [opened[0][1]["kind"].split()[0]]
+    students = [(name, network) for name, (network, _) in zip(names, opened)]
     return list(teachers.values()), students, opened[0][1]
 
 
@@ -318,8 +348,10 @@ def parse(argv=None):
     what.add_argument("--speed", action="store_true", help="time a training iteration and sampling "
                       "on this machine, and stop")
     how = parser.add_argument_group("how")
-    how.add_argument("--nfe", type=int, nargs="+", default=[1, 2, 4, 8, 16], metavar="N")
-    how.add_argument("--n", type=int, help="samples [50000 points, 2000 images]")
+    how.add_argument("--nfe", type=int, nargs="+", default=[1, 2, 4, 8, 16], metavar="N",
+                     help="numbers of function evaluations; the teacher also at its best "
+                     "[1 2 4 8 16]")
+    how.add_argument("--n", type=int, help="samples [50000 points, 2000 digits, 5000 latents]")
     how.add_argument("--seed", type=int, default=0, help="of the noise, first of --seeds [0]")
     how.add_argument("--seeds", type=int, default=1, help="measure with so many seeds of the noise "
                      "(--ablation: train with so many); medians and half the range [1]")
@@ -334,7 +366,8 @@ def parse(argv=None):
                      "[evaluation beside the checkpoint]")
     add_field_flags(parser, MEASURED + TRAINED)
     args = parser.parse_args(argv)
-    if idle := [n for n in TRAINED if n in args and not args.ablation]:
+    idle = [n for n in (*TRAINED, "model", "vae", "batch_size") if n in args]
+    if idle and not args.ablation and not (args.speed and idle[0] in TIMED):
         raise UserError(f"{flag(idle[0])} is for the runs of --ablation; checkpoints know theirs")
     for name, low in (("n", 10), ("batch", 1), ("seeds", 1), ("seed", 0)):
         if getattr(args, name) is not None and getattr(args, name) < low:
@@ -374,7 +407,7 @@ def main(argv=None):
     rows = []
     for seed in range(args.seed, args.seed + args.seeds):
         for name, network in teachers:
-            rows += measure(name, network, [*args.nfe, many], reference, seed=seed, **how)
+            rows += measure(name, network, sorted({*args.nfe, many}), reference, seed=seed, **how)
         for name, network in students:
             rows += measure(name, network, args.nfe, reference, seed=seed, **how)
     shown = medians(rows) if args.seeds > 1 else rows
@@ -390,7 +423,7 @@ def main(argv=None):
 def prepare(args, cfg, shape, network):
     """The Reference of the command line's settings, and the arguments that `measure` takes."""
     points, device = len(shape) == 1, next(network.parameters()).device
-    n = args.n or (50_000 if points else 2_000)
+    n = args.n or (50_000 if points else 5_000 if cfg.dataset in LATENT_SETS else 2_000)
     batch = args.batch or (5000 if points else 64 if cfg.dataset in LATENT_SETS else 500)
     return Reference(cfg, n, args.features, device), dict(
         shape=tuple(shape), n=n, solver=args.solver, batch=batch, device=device)

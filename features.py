@@ -138,10 +138,14 @@ def own_function(spec):
     module, _, name = spec.partition(":")
     sys.path.insert(0, os.getcwd())
     try:
-        return getattr(importlib.import_module(module), name or "features")
-    except (ImportError, AttributeError, ValueError) as e:
-        raise UserError(f"--features {spec}: {e}; it names a function of a Python file as "
-                        "my_module:my_function, images (B, C, H, W) in [-1, 1] -> (B, d)") from e
+        function = getattr(importlib.import_module(module), name)
+        if not callable(function):
+            raise TypeError(f"{name} is no function")
+        return function
+    except Exception as e:                         # the module may raise anything
+        raise UserError(f"--features {spec}: {data.first_line(e)}; it names a function of a Python "
+                        "file as my_module:my_function, images (B, C, H, W) in [-1, 1] -> (B, d)"
+                        ) from e
 
 
 def extractor(dataset, spec="", data_dir="data", device="cpu"):
@@ -165,11 +169,19 @@ def extractor(dataset, spec="", data_dir="data", device="cpu"):
     def features(z):
         parts = []
         for images in data.from_uint8(data.to_uint8(z)).split(AT_A_TIME):
-            found = function(images)
+            try:
+                found = function(images)
+            except Exception as e:                 # a user's function may raise anything
+                if not spec:
+                    raise
+                raise UserError(f"--features {spec} failed on images of shape "
+                                f"{tuple(images.shape)}: {data.first_line(e)}") from e
             if not (torch.is_tensor(found) and found.ndim == 2 and len(found) == len(images)):
                 shape = tuple(found.shape) if torch.is_tensor(found) else type(found).__name__
                 raise UserError(f"the features {name} of {len(images)} images have shape {shape}; "
                                 f"({len(images)}, d) is wanted")
             parts.append(found.float().cpu())
+            if not parts[-1].isfinite().all():
+                raise UserError(f"the features {name} hold numbers that are not finite")
         return torch.cat(parts)
     return name, features

@@ -115,7 +115,7 @@ def film(path, panels, title=None):
     last = max(len(steps) for _, _, steps in panels) - 1
     calls = [c for c in range(last + 1) if c <= 8 or c % max(last // 12, 1) == 0 or c == last]
     frames = []
-    with plt.rc_context(STYLE | {"savefig.dpi": 72}):
+    with plt.rc_context(STYLE):
         for c in calls:
             fig, axes = plt.subplots(1, len(panels), squeeze=False,
                                      figsize=(2.3 * len(panels), 2.9), dpi=80)

@@ -127,8 +127,8 @@ def strips(path, networks, shape, nfes, seed=0, device="cpu", solver="euler", da
            columns=10, decode=same):
     """Figure 5: the same noise at every NFE. networks is [(name, network, nfes or None), ...].
 
-    With the runs of an ablation, at NFE 1 and 4, it is Figure 6. Points: a row a network, a panel an
-    NFE. Images: a row an NFE, a column a noise.
+    With the runs of an ablation, at NFE 1 and 4, it is Figure 6. Points: a row a network, a panel
+    an NFE. Images: a row an NFE, a column a noise.
     """
     rows = []
     for name, network, own in networks:
@@ -185,13 +185,15 @@ def film(path, teacher, student, shape, seed=0, device="cpu", title=None, n=2500
 
 
 def find_student(dataset=None):
-    """The newest student.pt below runs/ (of one data set, where named), else a newest resume state.
+    """The newest student.pt in runs/ (of one data set, where named), else a newest resume state.
 
     Raises UserError where there is none.
     """
     for name in ("student.pt", "student_resume.pt"):
         found = sorted(Path("runs").glob(f"**/{name}"), key=lambda p: p.stat().st_mtime)
         for path in reversed(found):
+            if "ablation" in path.parts or path.parent.name == "reflow":
+                continue                           # a cell of a table, a stage of reflow-distill
             kinds = ("student", "student resume")
             if dataset is None or checkpoint.load(path, kinds)["config"]["dataset"] == dataset:
                 return path
@@ -287,7 +289,7 @@ def parse(argv=None):
     to.add_argument("--trajectory", action="store_true", help="zt and z0-predictions along the "
                     "path (Figure 4: --nfe 10; Figure 7: --nfe 4 --no-teacher)")
     to.add_argument("--gif", action="store_true", help="points: a film of teacher (50 NFE) and "
-                    "student (1, 2, 4 NFE)")
+                    "student (1, 2, 4 NFE), whatever --nfe says")
     to.add_argument("--npz", metavar="FILE", help="raw samples, arr_0, instead of a picture")
     to.add_argument("--out", metavar="FILE", help="the picture [samples/ beside the checkpoint]")
     add_field_flags(parser, (*MACHINE, "vae_weights"))
@@ -359,8 +361,9 @@ def main(argv=None):
     if not parallel.FIRST:                         # a picture is drawn by one process
         return
     if args.gif:
-        if not points:
-            raise UserError("--gif is for points; --trajectory shows the path of images")
+        if not points or name.startswith("teacher"):
+            raise UserError("--gif takes a student of points, with the teacher.pt beside it; "
+                            "--trajectory shows the path of images")
         out = film(args.out or path.parent / "samples" / "film.gif", networks[0][1], network, shape,
                    args.seed, device, f"{dataset}: samples after so many calls of the network")
         print(f"wrote {out}   from {', '.join(map(str, wanted))}")

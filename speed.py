@@ -44,7 +44,7 @@ def report(cfg):
     if cfg.dataset not in POINT_SETS:
         for precision in ("fp32", "bf16"):
             parts(replace(cfg, precision=precision), shape, device, rounds)
-        sampling(cfg, shape, device)
+    sampling(cfg, shape, device)
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated() / 2**30
     else:                                          # kilobytes, but bytes on macOS

@@ -79,7 +79,7 @@ def train_teacher(cfg):
                               title=f"the teacher's EMA after {done} iterations")
 
     checkpoint.save(folder / "teacher.pt", "teacher", cfg, dataset.shape, cfg.teacher_steps,
-                    ema=ema.state_dict(), data=getattr(dataset, "key", ""))
+                    ema=ema.state_dict(), **dataset_key(dataset))
     if parallel.FIRST:
         plots.losses(folder / "teacher_losses.png", log.curves(), f"teacher on {cfg.dataset}")
     return folder / "teacher.pt"
@@ -139,8 +139,14 @@ def adopt(path, own, cfg):
             raise UserError(f"{own} is another teacher than {path}; --overwrite replaces it, "
                             "another --out keeps both")
     checkpoint.save(own, "teacher", checkpoint.config_of(content), content["shape"],
-                    content["step"], ema=content["ema"], data=content.get("data", ""))
+                    content["step"], ema=content["ema"],
+                    **{name: content[name] for name in ("data",) if name in content})
     return own
+
+
+def dataset_key(dataset):
+    """What a teacher of latents remembers of the file that holds them."""
+    return {"data": dataset.key} if hasattr(dataset, "key") else {}
 
 
 def load_teacher(path, cfg, shape, key=""):
@@ -150,7 +156,7 @@ def load_teacher(path, cfg, shape, key=""):
     teacher, unless it was named by --teacher-checkpoint.
     """
     content = checkpoint.load(path, "teacher")
-    if key and not cfg.teacher_checkpoint and (content.get("data") or key) != key:
+    if key and not cfg.teacher_checkpoint and content.get("data", key) != key:
         raise UserError(f"{path} was trained on the latents {content['data']}, not on {key}: the "
                         "images or the autoencoder have changed; delete it to train a new one, or "
                         f"distil from it all the same by --teacher-checkpoint {path}")

@@ -149,10 +149,16 @@ def train(cfg):
                         **{name: part.state_dict() for name, part in states.items()})
 
     save(start)
+    if start == 0 and parallel.FIRST:
+        (folder / "log.csv").unlink(missing_ok=True)   # of an older run
     iteration, batch, first, terms = scflow_step, dataset.batch, 0, TERMS
     if cfg.method in baselines.STEPS:
         iteration, terms = baselines.STEPS[cfg.method]
-        batch, first = baselines.prepare(net, cfg, dataset, folder, start, train)
+        try:
+            batch, first = baselines.prepare(net, cfg, dataset, folder, start, train)
+        except KeyboardInterrupt as e:
+            save(start)                            # the seconds that were spent count
+            raise checkpoint.Interrupted(folder, cfg, start, cfg.steps) from e
     start = max(start, first)
 
     log = checkpoint.Log(folder / "log.csv", terms, cfg.log_every, start, cfg.steps,
@@ -207,15 +213,20 @@ def finished(cfg, folder):
     ways = "--resume continues it, --overwrite starts anew, another --out keeps both"
     if student.exists():
         there = checkpoint.config_of(checkpoint.load(student, "student"))
-        compared = [f.name for f in fields(Config) if f.name not in CIRCUMSTANCES]
-        compared += [n for n in teacher_fields(cfg) if n not in compared]
-        if clash := checkpoint.differences(cfg, there, compared):
+        if clash := checkpoint.differences(cfg, there, what_counts(cfg)):
             raise UserError(f"{student} was trained with other settings: {clash}; {ways}")
         return True
     if state.exists():
         at = checkpoint.load(state, "student resume")["step"]
         raise UserError(f"{folder} holds an unfinished student at step {at}; {ways}")
     return False
+
+
+def what_counts(cfg):
+    """The settings that make a run what it is: two runs that share them are the same."""
+    names = dict.fromkeys([f.name for f in fields(Config) if f.name not in CIRCUMSTANCES])
+    unused = () if "reflow" in cfg.method else ("pairs", "pair_steps")
+    return [n for n in [*names, *teacher_fields(cfg)] if n not in unused]
 
 
 def main(argv=None):

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import signal
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -70,7 +71,7 @@ def test_precision_and_recall_of_known_clouds():
 # ------------------------------------------------------------------------------ measuring
 
 
-class Shift(torch.nn.Module):
+class Scale(torch.nn.Module):
     """A velocity field whose f(z, t) = a z: N Euler steps multiply z1 by a known number."""
 
     def __init__(self, a):
@@ -95,23 +96,23 @@ def normal_data(monkeypatch):
 
 def test_measures_of_a_perfect_and_of_a_shrinking_network(normal_data):
     how = dict(reference=normal_data, shape=(2,), n=4000, batch=900)
-    perfect, = evaluate.measure("perfect", Shift(1.0), [1], **how)
+    perfect, = evaluate.measure("perfect", Scale(1.0), [1], **how)
     assert perfect["distance"] < 2.5 * normal_data.floor["distance"]
     assert perfect["precision"] > 0.9 and perfect["recall"] > 0.9
     assert perfect["spread"] == pytest.approx(1, abs=0.03) and perfect["consistency"] == 0
 
-    one, two = evaluate.measure("shrinking", Shift(0.5), [1, 2], **how)
+    one, two = evaluate.measure("shrinking", Scale(0.5), [1, 2], **how)
     assert one["spread"] == pytest.approx(0.5, abs=0.02)
     # at t = 1 half the step of (z - z/2): 3/4 z; at t = 1/2 the whole way to half of that
     assert two["spread"] == pytest.approx(0.375, abs=0.02)
     assert two["consistency"] == pytest.approx(0.125, abs=0.005)
     assert one["distance"] == pytest.approx(500 * math.sqrt(1), rel=0.1)   # 1000 (1 - 0.5)
     assert one["recall"] < perfect["recall"] - 0.05 and one["precision"] > 0.9
-    assert one["per_second"] > 0 and list(one) == ["network", "nfe", *evaluate.MEASURES]
+    assert one["per_second"] > 0 and list(one) == ["network", "nfe", "seed", *evaluate.MEASURES]
 
 
 def test_consistency_needs_the_one_step_sample_though_nobody_asked(normal_data):
-    two, = evaluate.measure("s", Shift(0.5), [2], normal_data, (2,), 4000)
+    two, = evaluate.measure("s", Scale(0.5), [2], normal_data, (2,), 4000)
     assert two["nfe"] == 2 and two["consistency"] == pytest.approx(0.125, abs=0.005)
 
 
@@ -196,6 +197,10 @@ def flat(x):
     return x.mean((1, 2, 3))
 def nothing(x):
     return "features"
+def fails(x):
+    return x @ torch.ones(3, 3)
+def nan(x):
+    return good(x) / 0 * 0
 """
 
 
@@ -209,16 +214,18 @@ def test_features_of_your_own():
     for spec, word in (("own_features:flat", r"\(100,\)"), ("own_features:nothing", "str")):
         with pytest.raises(UserError, match=word):
             features.extractor("mnist", spec)[1](images)
-    for spec in ("own_features:absent", "no_such_file:f", ""):
-        if spec:
-            with pytest.raises(UserError, match="my_module:my_function"):
-                features.extractor("mnist", spec)
+    for spec in ("own_features:absent", "own_features:torch", "no_such_file:f", "own_features"):
+        with pytest.raises(UserError, match="my_module:my_function"):
+            features.extractor("mnist", spec)
+    for spec, word in (("own_features:fails", "mat1"), ("own_features:nan", "not finite")):
+        with pytest.raises(UserError, match=word):
+            features.extractor("mnist", spec)[1](images)
     with pytest.raises(UserError, match="for images"):
         features.extractor("moons", "own_features:good")
 
 
 def test_latents_are_measured_as_images(faces_dir, taef2_files):
-    Path("own_features.py").write_text(
+    Path("own_few.py").write_text(
         "def few(x):\n    return x[:, :, ::16, ::16].flatten(1)[:, :6]\n")
     copy_faces(faces_dir, 24, "photos")
     files = " ".join(map(str, taef2_files))
@@ -226,8 +233,8 @@ def test_latents_are_measured_as_images(faces_dir, taef2_files):
           "tiny --image-size 64 --patch-size 1 --channels 8 --heads 2 --disc-channels 8 --steps 2 "
           "--teacher-steps 2 --batch-size 4 --teacher-batch-size 4 --threads 1 --device cpu")
     printed = works("evaluate.py --dataset folder --n 12 --nfe 1 2 --batch 5 --features "
-                    "own_features:few --threads 1 --device cpu")
-    assert "own_features:few, 12 samples against 24 images" in printed
+                    "own_few:few --threads 1 --device cpu")
+    assert "own_few:few, 12 samples against 24 images" in printed
     saved = json.loads(Path("runs/folder/evaluation.json").read_text())
     assert {r["nfe"] for r in saved["rows"]} == {1, 2, 50}
     assert all(r["distance"] > 0 and r["spread"] > 0 for r in saved["rows"])
@@ -281,40 +288,57 @@ def test_plain_cd_is_the_first_rung_of_the_ladder(moons_run):
 def test_a_baseline_resumes_bit_for_bit(method, stop, moons_run, monkeypatch):
     line = f"train.py --dataset moons --method {method} {SMALL} {PAIRS} --threads 1"
     works(f"{line} --out whole")
-    step, terms = baselines.STEPS["reflow" if "reflow" in method else method]
-    both = {"reflow": baselines.reflow_step, "reflow-distill": baselines.distill_step,
-            "fgm": baselines.fgm_step}
-    count = iter(range(100))
-
-    def breaking(step):
-        def stepped(net, *more):
-            found = step(net, *more)
-            if next(count) == stop - 1:
-                import signal
-                signal.raise_signal(signal.SIGINT)
-            return found
-        return stepped
-
     with monkeypatch.context() as m:
-        for name, function in both.items():
-            m.setitem(baselines.STEPS, name, (breaking(function), baselines.STEPS[name][1]))
+        stop_at(stop, m)
         ended = call(f"{line} --out parts")
     assert ended.code == 130 and "--resume" in ended.err
     assert "--out parts " in ended.err
+    assert read("parts/student_resume.pt")["seconds"] > 0
     works("train.py --resume --dataset moons --out parts")
     a, b = (read(Path(p) / "student_resume.pt") for p in ("whole", "parts"))
     for name in ("student", "ema"):
         assert all(torch.equal(a[name][k], b[name][k]) for k in a[name]), name
 
 
+def stop_at(iteration, monkeypatch):
+    """Ctrl-C after so many iterations of a baseline, the first stage's counted as well."""
+    count = iter(range(1, 1000))
+
+    def breaking(step):
+        def stepped(net, *more):
+            found = step(net, *more)
+            if next(count) == iteration:
+                signal.raise_signal(signal.SIGINT)
+            return found
+        return stepped
+
+    for name, (step, terms) in list(baselines.STEPS.items()):
+        monkeypatch.setitem(baselines.STEPS, name, (breaking(step), terms))
+
+
+def test_starting_anew_takes_nothing_of_the_older_run(moons_run, monkeypatch):
+    line = f"train.py --dataset moons --method reflow-distill {SMALL} {PAIRS}"
+    works(f"{line} --out whole --seed 1")
+    works(f"train.py --dataset moons {SMALL} --out parts")     # another method's log
+    works(f"{line} --out parts --overwrite")                   # another seed's pairs
+    with monkeypatch.context() as m:
+        stop_at(5, m)                                          # in the nested 2-RF
+        assert call(f"{line} --out parts --seed 1 --overwrite").code == 130
+    works("train.py --resume --dataset moons --out parts")
+    a, b = (read(Path(p) / "student.pt")["ema"] for p in ("whole", "parts"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert np.array_equal(np.load("whole/pairs.npy"), np.load("parts/pairs.npy"))
+    refused("train.py --resume --dataset moons --out parts --steps 40", "--steps 40")
+
+
 def test_pairs_are_the_teachers_and_go_on_where_they_stopped(tmp_path):
-    network = Shift(0.5)
+    network = Scale(0.5)
     path = tmp_path / "pairs.npy"
     arguments = dict(network=network, shape=(2,), n=50, nfe=2, seed=3, device="cpu", batch=8)
     pairs = baselines.Pairs(path, **arguments)
     assert torch.allclose(pairs.z0, 0.375 * pairs.z1, atol=1e-6)
     assert abs(pairs.z1.std().item() - 1) < 0.2
-    assert not torch.equal(pairs.z1, sample.noise((2,), 50, 3))   # not an evaluation's noise
+    assert torch.equal(pairs.z1, sample.noise((2,), 50, 3))
 
     # what is there is not made again; what is missing is
     array = np.load(path)
@@ -328,6 +352,8 @@ def test_pairs_are_the_teachers_and_go_on_where_they_stopped(tmp_path):
     z0, z1 = again.batch(10, data.Draws(0))
     assert torch.allclose(z0, torch.where(z0 == 7, z0, 0.375 * z1), atol=1e-6)
 
+    with pytest.raises(UserError, match="50, 2"):
+        baselines.Pairs(path, **(arguments | {"n": 60}))
     path.write_bytes(b"no numbers")
     with pytest.raises(UserError, match="pairs.npy"):
         baselines.Pairs(path, **arguments)
@@ -446,6 +472,8 @@ def test_fgm_learns_a_gaussian_from_its_exact_teacher():
     ("--method gan", ["gan", "fgm"]),
     ("--method reflow --losses cd", ["--losses", "reflow"]),
     ("--method cd --losses cd gan", ["--losses", "cd"]),
+    ("--method cd --t-trunc 0.4", ["--method cd", "--t-trunc"]),
+    ("--method reflow-distill --steps 1", ["--steps"]),
     ("--method reflow --pairs 0", ["--pairs 0"]),
     ("--method reflow --pair-steps 0", ["--pair-steps 0"]),
 ])
@@ -490,13 +518,13 @@ def test_an_interrupted_table_goes_on(monkeypatch):
 
     def breaking(*arguments):
         if next(count) == 12 + 7:                  # in the second cell
-            import signal
             signal.raise_signal(signal.SIGINT)
         return real(*arguments)
 
     with monkeypatch.context() as m:
         m.setattr(train, "scflow_step", breaking)
-        assert call(small_table("losses")).code == 130
+        ended = call(small_table("losses"))
+    assert ended.code == 130 and "the same command goes on" in ended.err
     root = Path("runs/ablation/moons")
     first = (root / "losses-cd-0/student.pt").stat().st_mtime_ns
     assert not (root / "losses-cd-gan-0/student.pt").exists()
@@ -514,7 +542,8 @@ def test_an_interrupted_table_goes_on(monkeypatch):
 def test_a_table_of_other_settings_is_refused():
     works(small_table("losses"))
     before = sorted(Path("runs").rglob("*"))
-    refused(small_table("losses", "--lr 0.1"), "--lr 0.1")
+    refused(small_table("losses", "--lr 0.1"), "--lr 0.1", "remove")
+    refused(small_table("losses", "--teacher-lr 0.1"), "--teacher-lr 0.1", "remove")
     assert sorted(Path("runs").rglob("*")) == before
 
 
@@ -534,7 +563,7 @@ def test_times_and_weights_change_one_setting_each():
 def test_methods_take_as_long_as_scflow(monkeypatch):
     # seconds by a clock of our own: an iteration takes 1 s, of the baselines as told
     told = {"scflow": 1.0, "cd": 0.5, "reflow": 0.25, "reflow-distill": 0.5, "fgm": 2.0}
-    monkeypatch.setattr(ablation, "iteration", lambda cfg, *_: told[cfg.method])
+    monkeypatch.setattr(ablation, "iteration", lambda cfg, *more: told[cfg.method])
     clock = iter(range(0, 10**6, 3))
     monkeypatch.setattr(time, "perf_counter", lambda: float(next(clock)))
     cfg = make_config("moons", channels=16, blocks=1, pairs=64, pair_steps=3, threads=1)
@@ -551,6 +580,10 @@ def test_methods_take_as_long_as_scflow(monkeypatch):
     assert steps("reflow-distill") == int((1000 - 6) / ((5 * 0.25 + 0.5) / 6))
     told["cd"] = 123.0                             # and what was found is kept
     assert steps("cd") == 2000
+    # an SCFlow that took twice as long on this machine: everything is taken to be half as fast
+    of = ablation.replace(cfg, method="fgm", out="fgm")
+    found = ablation.as_long_as((1000, 2000.0), of, Path("budget.json"), Path("teacher.pt"))
+    assert found.steps == 500
     with pytest.raises(UserError, match="--pairs"):
         ablation.as_long_as((10, 10.0), ablation.replace(cfg, method="reflow", out="other"),
                             Path("budget.json"), Path("teacher.pt"))
@@ -562,6 +595,45 @@ def test_the_methods_table(monkeypatch):
     for method in ("SCFlow", "cd", "reflow", "reflow-distill", "fgm"):
         assert f"| {method} " in printed
     assert "| run | iterations | seconds of training |" in printed
+
+
+def test_a_cell_that_diverges_does_not_end_the_table(monkeypatch):
+    real = train.train
+
+    def diverging(cfg):
+        if cfg.losses == ("cd", "gan"):
+            raise checkpoint.Diverged("gan became nan at step 3, so the run stopped")
+        return real(cfg)
+
+    monkeypatch.setattr(train, "train", diverging)
+    printed = works(small_table("losses", "--solver heun").replace("--nfe 1 2", "--nfe 1 3"))
+    assert "| + RF " in printed and "| + GAN, truncation " not in printed
+    assert "+ GAN, truncation, seed 0: gan became nan at step 3" in printed
+
+
+def test_networks_of_one_name_keep_their_rows(moons_run):
+    for place in ("a", "b"):
+        shutil.copytree(moons_run, f"{place}/run")
+    printed = works("evaluate.py --n 100 --nfe 1 --out t --checkpoint a/run/student.pt "
+                    "b/run/student.pt")
+    assert "| a/run/student.pt " in printed and "| b/run/student.pt " in printed
+
+
+def test_too_few_samples_for_the_features():
+    Path("own_wide.py").write_text("def wide(x):\n    return x.flatten(1)[:, :64]\n")
+    cfg = make_config("mnist")
+    real = torch.randint(256, (60, 1, 28, 28), dtype=torch.uint8, generator=gen())
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(data, "mnist", lambda *_, **__: (real, None))
+        with pytest.raises(UserError, match="too few"):
+            evaluate.Reference(cfg, 50, "own_wide:wide")
+
+
+def test_tables_may_have_a_point_in_their_name(moons_run):
+    works("evaluate.py --n 100 --nfe 1 --out tables/lr-0.1")
+    works("evaluate.py --n 100 --nfe 1 --out tables/lr-0.2.json")
+    assert {p.name for p in Path("tables").iterdir()} == {
+        f"lr-{x}.{kind}" for x in ("0.1", "0.2") for kind in ("json", "md")}
 
 
 def test_training_flags_belong_to_the_tables(moons_run):
@@ -585,13 +657,13 @@ def test_the_film(moons_run):
     moved = [abs(frames[1] - frames[2])[40:, i * width:(i + 1) * width].mean() for i in range(4)]
     assert moved[0] > 1 and max(moved[1:3]) < moved[0]   # after four calls the students are done
     refused("sample.py --gif --trajectory", "--gif")
+    refused(f"sample.py --gif --checkpoint {path.parents[1] / 'teacher.pt'}", "--gif", "student")
 
 
 def test_a_film_is_of_points(monkeypatch, moons_run):
     content = read(moons_run / "student.pt")
     cfg = make_config("mnist", channels=8, heads=2)
-    content |= {"shape": (1, 28, 28), "config": vars(cfg)
-                if not hasattr(cfg, "__slots__") else {}}
+    content |= {"shape": (1, 28, 28), "config": vars(cfg)}
     content["ema"] = velocity_network(cfg, (1, 28, 28)).state_dict()
     Path("images").mkdir()
     torch.save(content, "images/student.pt")
