@@ -91,7 +91,7 @@ class Config:
     l_gan: float = 3.0              # weight of the GAN loss (Eq. 7)
     l_rf: float = 6.0               # weight of the reflow loss (Eq. 9)
     l_bi: float = 0.05              # weight of the bidirectional loss (Eq. 10)
-    n_gan: int = 0                  # first iteration with the GAN
+    n_gan: int = 500                # first iteration with the GAN
     n_rf: int = 1000                # first iteration with reflow
     n_bi: int = 0                   # first iteration with the bidirectional loss
     r1: float = 0.1                 # gamma of R1, (gamma / 2) E || grad D(z0) ||^2; 0 leaves it out
@@ -105,12 +105,13 @@ class Config:
 
 
 PRESETS = {
-    "8gaussians": dict(t_trunc=0.4, l_rf=20.0),    # narrow modes, which RF keeps from contracting
+    "8gaussians": dict(t_trunc=0.4, l_rf=20.0, n_gan=0),   # RF keeps narrow modes from contracting
     "mnist": dict(
         channels=32, blocks=1, patch_size=2, time_scale=1000.0, disc_channels=32,
         teacher_steps=2000, teacher_lr=1e-3, teacher_batch_size=128,
         steps=2000, batch_size=64, lr=4e-4, disc_lr=1e-3, ema=0.995, huber_c=0.01,
-        t_trunc=0.4, l_gan=0.1, l_rf=1.0, l_bi=0.1, n_rf=100, r1=1.0, pairs=5000, pair_steps=50,
+        t_trunc=0.4, l_gan=0.1, l_rf=1.0, l_bi=0.1, n_gan=0, n_rf=100, r1=1.0,
+        pairs=5000, pair_steps=50,
         save_every=200, preview_every=400,
     ),
 }

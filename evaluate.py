@@ -24,17 +24,22 @@ from features import extractor
 # ----------------------------------------------------------------------------------- distances
 
 
-def sliced_w2(a, b, directions=256, seed=0):
+def projections(x, directions=256, seed=0):
+    """Points (n, d) projected on fixed random directions, each sorted: (directions, n)."""
+    w = torch.randn(x.shape[1], directions, generator=torch.Generator().manual_seed(seed))
+    return (x.float().cpu() @ (w / w.norm(dim=0))).T.contiguous().sort(dim=1).values
+
+
+def sliced_w2(a, b, directions=256, seed=0, b_projected=None):
     """Sliced Wasserstein-2 distance between two clouds (n, d) of the same size n.
 
     The root of the mean, over fixed random directions, of the squared 1D W2 between the sorted
-    projections. Raises ValueError where the shapes differ.
+    projections (those of b may be known). Raises ValueError where the shapes differ.
     """
     if a.shape != b.shape:
         raise ValueError(f"sliced W2 compares clouds of one shape, not {a.shape} and {b.shape}")
-    w = torch.randn(a.shape[1], directions, generator=torch.Generator().manual_seed(seed))
-    w = w / w.norm(dim=0)
-    pa, pb = ((x.float().cpu() @ w).T.contiguous().sort(dim=1).values for x in (a, b))
+    pa = projections(a, directions, seed)
+    pb = projections(b, directions, seed) if b_projected is None else b_projected
     return (pa - pb).square().mean().sqrt().item()
 
 
@@ -140,6 +145,7 @@ class Reference:
         self.data = self.data[torch.randperm(len(self.data), generator=generator)]
         self.std, self.at_most = spread.std, min(n, len(self.data), NEIGHBOURS)
         self.radii = radii(self.data[:self.at_most])
+        self.projected = projections(self.data) if self.points else None
         self.name = (f"sliced W2 x 1000, {n:,} points" if self.points else
                      f"Frechet distance on {name}, {n:,} samples against {against}")
         if cfg.dataset in LATENT_SETS:             # there is no test split: some against the rest
@@ -174,7 +180,10 @@ class Reference:
         real = self.data if real is None else real
         k = min(self.at_most, len(real), len(fake))
         precision, recall = precision_recall(real[:k], fake[:k], real_radii=known)
-        distance = 1000 * sliced_w2(fake, real) if self.points else frechet_distance(fake, real)
+        if self.points:
+            distance = 1000 * sliced_w2(fake, real, b_projected=self.projected)
+        else:
+            distance = frechet_distance(fake, real)
         return {"distance": distance, "precision": precision, "recall": recall}
 
 

@@ -155,7 +155,7 @@ def losses(path, curves, title=None):
             ax.plot(steps, values, c=COLOURS["student"], lw=1)
             ax.set_title(name)
             ax.grid(alpha=0.25)
-        for ax in axes[-1]:
+        for ax in axes.flat[max(len(curves) - width, 0):len(curves)]:   # the lowest of a column
             ax.set_xlabel("iteration")
         if title:
             fig.suptitle(title, fontsize=10)

@@ -29,7 +29,7 @@ from running import call, copy_faces, read, refused, rows, works
 
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 SMALL = ("--steps 12 --teacher-steps 12 --channels 16 --blocks 1 --disc-channels 8 --batch-size 32 "
-         "--teacher-batch-size 32 --lr-warmup 2 --threads 1 --n-rf 0 --log-every 4")
+         "--teacher-batch-size 32 --lr-warmup 2 --threads 1 --n-rf 0 --n-gan 0 --log-every 4")
 PAIRS = "--pairs 64 --pair-steps 3"
 
 

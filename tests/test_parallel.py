@@ -157,7 +157,7 @@ def test_draws_do_not_touch_the_global_state():
 
 
 MOONS = ("--dataset moons --channels 16 --blocks 1 --disc-channels 8 --batch-size 32 "
-         "--teacher-batch-size 32 --lr-warmup 2 --steps 10 --teacher-steps 10 --n-rf 4 "
+         "--teacher-batch-size 32 --lr-warmup 2 --steps 10 --teacher-steps 10 --n-rf 4 --n-gan 0 "
          "--log-every 3 --preview-every 5 --save-every 4 --device cpu --threads 1")
 
 

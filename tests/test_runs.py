@@ -42,7 +42,7 @@ REPO = Path(__file__).resolve().parent.parent
 NETWORK = "--channels 16 --blocks 1 --disc-channels 8"
 SIZES = f"{NETWORK} --batch-size 32 --teacher-batch-size 32 --lr-warmup 2 --threads 1"
 LOGS = "--log-every 2 --preview-every 6"
-TINY = f"{SIZES} {LOGS} --steps 12 --teacher-steps 12 --n-rf 0"
+TINY = f"{SIZES} {LOGS} --steps 12 --teacher-steps 12 --n-rf 0 --n-gan 0"
 IMAGES = ("--dataset mnist --channels 8 --heads 2 --disc-channels 8 --batch-size 8 "
           "--teacher-batch-size 8 --steps 4 --teacher-steps 4 --log-every 2 --preview-every 2 "
           "--lr-warmup 1 --threads 1")
