@@ -138,6 +138,7 @@ def adopt(path, own, cfg):
         if checkpoint.differences(there, checkpoint.config_of(content), teacher_fields(cfg)):
             raise UserError(f"{own} is another teacher than {path}; --overwrite replaces it, "
                             "another --out keeps both")
+    checkpoint.make_folder(own.parent)
     checkpoint.save(own, "teacher", checkpoint.config_of(content), content["shape"],
                     content["step"], ema=content["ema"],
                     **{name: content[name] for name in ("data",) if name in content})

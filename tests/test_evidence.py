@@ -513,6 +513,13 @@ def test_the_ladder_is_trained_measured_and_kept(monkeypatch):
     assert json.loads((root / "losses.json").read_text())["rows"] == saved["rows"]
 
 
+def test_a_table_takes_the_teacher_that_is_there(moons_run, monkeypatch):
+    monkeypatch.setattr("teacher.train_teacher", None)
+    works(small_table("losses"))
+    assert torch.equal(read("runs/ablation/moons/teacher-0/teacher.pt")["ema"]["last.weight"],
+                       read(moons_run / "teacher.pt")["ema"]["last.weight"])
+
+
 def test_an_interrupted_table_goes_on(monkeypatch):
     real, count = train.scflow_step, iter(range(1000))
 
