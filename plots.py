@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt  # noqa: E402 (the backend must be chosen first)
 WINDOW = 2.6                       # points: every panel shows [-2.6, 2.6]^2, in units of data's std
 COLOURS = {"data": "#444444", "teacher": "#c2571a", "student": "#1f5fa8"}
 STYLE = {"font.size": 9, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False,
-         "savefig.dpi": 110, "figure.constrained_layout.use": True}
+         "savefig.dpi": 100, "figure.constrained_layout.use": True}
 
 
 def write(fig, path):
