@@ -146,10 +146,10 @@ MODELS = {
     "tiny": dict(channels=40, mult=(1, 2), blocks=1, attention=(1,), heads=4, patch_size=2,
                  time_scale=1000.0, disc_channels=32,
                  teacher_steps=3000, teacher_lr=1e-3, teacher_batch_size=64, teacher_ema=0.998,
-                 lr_final=0.0, lr_warmup=100, steps=1200, batch_size=32, lr=2e-4, disc_lr=5e-4,
+                 lr_final=0.0, lr_warmup=100, steps=1200, batch_size=32, lr=4e-4, disc_lr=5e-4,
                  disc_betas=(0.0, 0.99), ema=0.995, metric="pseudo-huber", huber_c=0.01,
                  truncation="landing",
-                 l_gan=0.1, l_rf=1.0, n_rf=200, n_bi=0, save_every=200, preview_every=400),
+                 l_gan=0.02, l_rf=1.0, n_rf=200, n_bi=0, save_every=200, preview_every=400),
 }
 
 # a teacher made with the same values of these is the same teacher
