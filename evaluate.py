@@ -10,6 +10,7 @@ import time
 from dataclasses import fields, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -27,7 +28,8 @@ from features import extractor
 def projections(x, directions=256, seed=0):
     """Points (n, d) projected on fixed random directions, each sorted: (directions, n)."""
     w = torch.randn(x.shape[1], directions, generator=torch.Generator().manual_seed(seed))
-    return (x.float().cpu() @ (w / w.norm(dim=0))).T.contiguous().sort(dim=1).values
+    along = (x.float().cpu() @ (w / w.norm(dim=0))).T.contiguous()
+    return torch.from_numpy(np.sort(along.numpy(), axis=1))    # half the time of torch.sort here
 
 
 def sliced_w2(a, b, directions=256, seed=0, b_projected=None):
@@ -61,10 +63,11 @@ def frechet_distance(a, b):
 
 
 @torch.no_grad()
-def radii(x, k=3, at_a_time=1000):
+def radii(x, k=3, at_a_time=250):
     """Distance of each of the features (n, d) from its k-th neighbour, (n,) float64.
 
-    In pieces, so that memory grows with n alone. Raises ValueError for n <= k.
+    In pieces, so that memory grows with n alone, and small ones, which caches and the allocator
+    like: twice as fast as 1,000 at a time. Raises ValueError for n <= k.
     """
     if len(x) <= k:
         raise ValueError(f"precision and recall take more than k = {k} samples")
@@ -74,7 +77,7 @@ def radii(x, k=3, at_a_time=1000):
 
 
 @torch.no_grad()
-def precision_recall(real, fake, k=3, at_a_time=1000, real_radii=None):
+def precision_recall(real, fake, k=3, at_a_time=250, real_radii=None):
     """Precision and recall of Kynkaanniemi et al. (2019) on features (n, d), (m, d).
 
     Precision: the share of `fake` within the k-th neighbour's distance of some `real`; recall: the
