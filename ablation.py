@@ -83,8 +83,8 @@ def make_table(args, given):
         if reference is None:
             reference, how = evaluate.prepare(args, default, shape, network)
             how["decode"] = sample.open_decoder(content, default)
-        many = evaluate.MANY[reference.points] - (args.solver == "heun")
-        rows += measured(phi, "teacher", sorted({*nfes, many}), network, reference, how, args.seed)
+        rows += measured(phi, "teacher", evaluate.of_teachers(args, reference), network, reference,
+                         how, args.seed)
         pictures += [("teacher", network, (1, 4))] if seed == args.seed else []
 
         for label, settings in cells(kind, default).items():

@@ -21,7 +21,7 @@ from tqdm import tqdm
 import checkpoint
 import parallel
 import sample
-from config import LATENT_SETS, UserError
+from config import UserError
 from losses import flow_matching_loss, interpolate, z0_prediction
 from model import copy_of, ema_update
 
@@ -176,5 +176,5 @@ def prepare(net, cfg, dataset, folder, start, train):
             for network in (net.student, net.target, net.ema):
                 parallel.own(network).load_state_dict(source.state_dict())
     pairs = Pairs(path, source, dataset.shape, cfg.pairs, cfg.pair_steps, seed,
-                  next(source.parameters()).device, 64 if cfg.dataset in LATENT_SETS else 500)
+                  next(source.parameters()).device, sample.at_a_time(cfg.dataset))
     return pairs.batch, first

@@ -21,6 +21,11 @@ from config import (DATASETS, LATENT_SETS, MACHINE, POINT_SETS, TEACHER_FIELDS, 
                     UserError, add_field_flags, flag, make_config, run_script)
 from features import extractor
 
+MEASURES = ("distance", "precision", "recall", "consistency", "spread", "per_second")
+MANY = {True: 100, False: 50}      # NFE of the teacher at its best, for points and for images
+NEIGHBOURS = 10_000                # precision and recall take at most so many samples of each
+BATCH = 100                        # images that are decoded and kept as pixels at a time
+
 
 # ----------------------------------------------------------------------------------- distances
 
@@ -192,10 +197,6 @@ class Reference:
 
 # ----------------------------------------------------------------------------------- measuring
 
-NEIGHBOURS = 10_000                # precision and recall take at most so many samples of each
-BATCH = 100                        # images that are decoded and kept as pixels at a time
-
-
 def measure(name, network, nfes, reference, shape, n, seed=0, solver="euler", batch=500,
             device="cpu", decode=sample.same):
     """Rows of dicts, one an NFE: network, nfe, distance, precision, recall, consistency, spread,
@@ -226,9 +227,6 @@ def measure(name, network, nfes, reference, shape, n, seed=0, solver="euler", ba
              "consistency": (found[k]["gap"] / numbers) ** 0.5,
              "spread": found[k]["spread"].std / reference.std,
              "per_second": n / found[k]["seconds"]} for k in nfes]
-
-
-MEASURES = ("distance", "precision", "recall", "consistency", "spread", "per_second")
 
 
 def medians(rows, name=lambda row: row["network"]):
@@ -310,7 +308,6 @@ MEASURED = ("data_dir", "vae_weights", *TIMED)
 TRAINED = tuple(f.name for f in fields(Config) if f.name not in (
     *MEASURED, "dataset", "out", "seed", "resume", "overwrite", "download", "method", "losses",
     "teacher_checkpoint"))
-MANY = {True: 100, False: 50}      # NFE of the teacher at its best, for points and for images
 
 
 def networks_of(paths, cfg):
@@ -381,14 +378,7 @@ def parse(argv=None):
     idle = [n for n in (*TRAINED, "model", "vae", "batch_size") if n in args]
     if idle and not args.ablation and not (args.speed and idle[0] in TIMED):
         raise UserError(f"{flag(idle[0])} is for the runs of --ablation; checkpoints know theirs")
-    for name, low in (("n", 10), ("batch", 1), ("seeds", 1), ("seed", 0)):
-        if getattr(args, name) is not None and getattr(args, name) < low:
-            raise UserError(f"--{name} {getattr(args, name)} makes no sense; it must be at least "
-                            f"{low}")
-    if min(args.nfe) < 1:
-        raise UserError("--nfe must be at least 1")
-    if args.solver == "heun" and any(k % 2 == 0 for k in args.nfe):
-        raise UserError("--solver heun takes an odd --nfe: two calls a step, one in the last")
+    sample.check(args, nfe=1, n=10, batch=1, seeds=1, seed=0)
     args.nfe = list(dict.fromkeys(args.nfe))
     return args
 
@@ -415,11 +405,11 @@ def main(argv=None):
     reference, how = prepare(args, cfg, content["shape"], students[0][1])
     how["decode"] = sample.open_decoder(content, machine)
 
-    many = MANY[reference.points] - (args.solver == "heun")   # heun takes an odd number
     rows = []
     for seed in range(args.seed, args.seed + args.seeds):
         for name, network in teachers:
-            rows += measure(name, network, sorted({*args.nfe, many}), reference, seed=seed, **how)
+            rows += measure(name, network, of_teachers(args, reference), reference, seed=seed,
+                            **how)
         for name, network in students:
             rows += measure(name, network, args.nfe, reference, seed=seed, **how)
     shown = medians(rows) if args.seeds > 1 else rows
@@ -436,9 +426,15 @@ def prepare(args, cfg, shape, network):
     """The Reference of the command line's settings, and the arguments that `measure` takes."""
     points, device = len(shape) == 1, next(network.parameters()).device
     n = args.n or (50_000 if points else 5_000 if cfg.dataset in LATENT_SETS else 2_000)
-    batch = args.batch or (5000 if points else 64 if cfg.dataset in LATENT_SETS else 500)
+    batch = args.batch or (5000 if points else sample.at_a_time(cfg.dataset))
     return Reference(cfg, n, args.features, device), dict(
         shape=tuple(shape), n=n, solver=args.solver, batch=batch, device=device)
+
+
+def of_teachers(args, reference):
+    """The NFE that teachers are measured at: those of the students, and many."""
+    odd = args.solver == "heun"                    # which takes an odd number
+    return sorted({*args.nfe, MANY[reference.points] - odd})
 
 
 if __name__ == "__main__":

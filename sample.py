@@ -266,6 +266,24 @@ def save_npz(path, samples, n, shape):
             part.unlink()
 
 
+def check(args, **least):
+    """UserError where a flag is below its least value, or an NFE is none that Heun can spend."""
+    for name, low in least.items():
+        values = getattr(args, name)
+        for value in values if isinstance(values, list) else [values]:
+            if value is not None and value < low:
+                raise UserError(f"--{name} {value} makes no sense; it must be at least {low}")
+    even = [k for k in args.nfe if k % 2 == 0]
+    if args.solver == "heun" and even:
+        raise UserError("--solver heun takes an odd --nfe: two calls a step, one in the last; "
+                        f"{min(even)} is even")
+
+
+def at_a_time(dataset):
+    """Samples that are drawn together: few of latents, whose UNet and decoder take much memory."""
+    return 64 if dataset in LATENT_SETS else 500
+
+
 def parse(argv=None):
     parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     what = parser.add_argument_group("what is sampled")
@@ -294,14 +312,7 @@ def parse(argv=None):
     to.add_argument("--out", metavar="FILE", help="the picture [samples/ beside the checkpoint]")
     add_field_flags(parser, (*MACHINE, "vae_weights"))
     args = parser.parse_args(argv)
-    for flag, low in (("nfe", 1), ("n", 1), ("batch", 1), ("seed", 0)):
-        values = getattr(args, flag)
-        for value in values if isinstance(values, list) else [values]:
-            if value is not None and value < low:
-                raise UserError(f"--{flag} {value} makes no sense; it must be at least {low}")
-    if args.solver == "heun" and any(n % 2 == 0 for n in args.nfe):
-        raise UserError("--solver heun takes an odd --nfe: two calls a step, one in the last; "
-                        f"{min(n for n in args.nfe if n % 2 == 0)} is even")
+    check(args, nfe=1, n=1, batch=1, seed=0)
     if args.stochastic and args.solver == "heun":
         raise UserError("--stochastic and --solver heun exclude each other; leave one out")
     if (args.npz or args.trajectory) and len(args.nfe) > 1:
@@ -337,7 +348,7 @@ def main(argv=None):
     device, decode = next(network.parameters()).device, open_decoder(content, cfg)
     solver = "stochastic" if args.stochastic else args.solver
     points, nfes = len(shape) == 1, "-".join(map(str, args.nfe))
-    batch = args.batch or (64 if dataset in LATENT_SETS else 500)
+    batch = args.batch or at_a_time(dataset)
 
     if args.npz:
         parallel.start(device)
