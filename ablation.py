@@ -112,6 +112,7 @@ def make_table(args, given):
     if kind == "losses":
         picture = sample.strips(root / "figure6.png", pictures, shape, (1, 4), args.seed,
                                 how["device"], columns=8, decode=how["decode"],
+                                across=reference.points,
                                 title=f"{dataset}: the losses one after the other (Figure 6)")
         print(f"wrote {picture}")
 

@@ -1,5 +1,6 @@
 """Pictures, in one look: a cell is a cloud of points (n, 2) or one image (C, H, W) in [-1, 1]."""
 
+from itertools import repeat, zip_longest
 from pathlib import Path
 
 import matplotlib
@@ -41,7 +42,10 @@ def draw_points(ax, z, colour):
 
 
 def grid(path, rows, columns=None, title=None):
-    """Cells in labelled rows, [(label, colour's name, [cell, ...]), ...]; None stays empty."""
+    """Cells in labelled rows, [(label, a colour's name or one a cell, [cell, ...]), ...].
+
+    A cell that is None, or wanting at the end of a row, stays empty.
+    """
     points = next(c for _, _, cells in rows for c in cells if c is not None).ndim == 2
     width = max(len(cells) for _, _, cells in rows)
     large = not points and max(c.shape[-1] for _, _, cells in rows for c in cells
@@ -60,14 +64,14 @@ def grid(path, rows, columns=None, title=None):
             for spine in ax.spines.values():
                 spine.set_visible(points)
                 spine.set_color("#bbbbbb")
-        for (label, colour, cells), line in zip(rows, axes):
+        for (label, colours, cells), line in zip(rows, axes):
             line[0].set_ylabel(label, rotation=0, ha="right", va="center", labelpad=6)
-            for cell, ax in zip(cells, line):
+            colours = repeat(colours, width) if isinstance(colours, str) else colours
+            for cell, colour, ax in zip_longest(cells, colours, line):
                 if cell is None:
                     ax.axis("off")
                 elif points:
-                    last = columns and ax is line[-1] and columns[-1] == "data"
-                    draw_points(ax, cell, COLOURS["data" if last else colour])
+                    draw_points(ax, cell, COLOURS[colour])
                 else:
                     ax.imshow(as_image(cell), cmap="gray", vmin=0, vmax=1,
                               interpolation=None if large else "nearest")

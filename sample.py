@@ -124,30 +124,31 @@ def same(z0):
 
 
 def strips(path, networks, shape, nfes, seed=0, device="cpu", solver="euler", data=None, title=None,
-           columns=10, decode=same):
+           columns=10, decode=same, across=False):
     """Figure 5: the same noise at every NFE. networks is [(name, network, nfes or None), ...].
 
-    With the runs of an ablation, at NFE 1 and 4, it is Figure 6. Points: a row a network, a panel
-    an NFE. Images: a row an NFE, a column a noise.
+    Points: a row a network, a panel an NFE; `across` turns this, and with the runs of an ablation,
+    at NFE 1 and 4, it is Figure 6. Images: a row an NFE of a network, a column a noise.
     """
-    rows = []
+    rows, points = [], len(shape) == 1
     for name, network, own in networks:
-        kinds = own or nfes
-        n = 4000 if len(shape) == 1 else columns
-        cells = {k: draw(network, shape, n, k, seed, solver, device=device) for k in kinds}
+        n = 4000 if points else columns
+        cells = {k: draw(network, shape, n, k, seed, solver, device=device) for k in own or nfes}
         role = name if name in plots.COLOURS else "student"
-        if len(shape) == 1:
-            rows.append((name, role, list(cells.values())))
-            if data is not None:                   # beside the first row alone
-                rows[-1][2].append(data if len(rows) == 1 else None)
+        if points:
+            rows.append((name, [role] * len(cells), list(cells.values())))
         else:
             rows += [(f"{name}, {k} NFE", role, list(decode(z))) for k, z in cells.items()]
-    if len(shape) == 1:
-        heads = [f"{k} NFE" for k in nfes] + (["data"] if data is not None else [])
-        return plots.grid(path, rows, heads, title)
-    if data is not None:
+    heads = [f"{k} NFE" for k in nfes] if points else []
+    if data is not None and points:                # beside the first row alone
+        heads.append("data")
+        rows[0] = (rows[0][0], [*rows[0][1], "data"], [*rows[0][2], data])
+    elif data is not None:
         rows.append(("data", "data", list(decode(data[:columns]))))
-    return plots.grid(path, rows, title=title)
+    if across:
+        names, colours, cells = zip(*rows)
+        rows, heads = list(zip(heads, zip(*colours), zip(*cells))), names
+    return plots.grid(path, rows, heads, title)
 
 
 def trajectory(path, networks, shape, nfe, seed=0, device="cpu", solver="euler", title=None,
