@@ -1,5 +1,7 @@
 """Latents of a data set: every image is encoded once, then training reads a file of latents.
 
+    python latents.py --data-dir MY_PHOTOS --vae taesd      encodes ahead, tells what is lost
+
 The file is a plain .npy, float16 (N, 2, P, C, h, w), memory-mapped: N images, each as it is and
 mirrored, P = 2 for mean and log-variance of the posterior (1 where the autoencoder has no
 variance). Its name holds a key of the images, the autoencoder's weights and the size, so other
@@ -11,6 +13,8 @@ import io
 import json
 import os
 import shutil
+import time
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +24,9 @@ from tqdm import tqdm
 import data
 import parallel
 import vae as autoencoders
-from config import FACTOR, UserError
-from model import wants_bf16
+from config import (FACTOR, LATENT_SETS, MACHINE, Parser, UserError, add_field_flags, make_config,
+                    run_script)
+from model import choose_device, wants_bf16
 
 AT_A_TIME = 16                     # images that are encoded or decoded together
 
@@ -111,7 +116,7 @@ def encode(images, codec, path, size):
     shape = (2, moments, codec.vae.channels, side, side)
     row = 2 * int(np.prod(shape))                  # bytes of an image's latents
     done = {"images": images.size, "read": 0, "rows": 0, "skipped": []}
-    start = len(header(0, shape))
+    start, begun = len(header(0, shape)), time.perf_counter()
     try:
         found = json.loads(state.read_text())
         if part.stat().st_size >= start + found["rows"] * row:
@@ -133,7 +138,7 @@ def encode(images, codec, path, size):
                 smoothing=0.05) as bar:
             file.truncate(start + done["rows"] * row)
             file.seek(0, os.SEEK_END)
-            batch = []
+            batch, before = [], done["read"]
             for name, pixels, wrong in data.decoded(images, size, done["read"]):
                 done["read"] += 1
                 if wrong:
@@ -149,6 +154,8 @@ def encode(images, codec, path, size):
                     bar.update(done["read"] - bar.n)
                     batch = []
         os.replace(part, path)
+        print(f"encoded {(done['read'] - before) / (time.perf_counter() - begun):.3g} images a "
+              "second, each with its mirror image")
     except OSError as e:
         raise UserError(f"could not write {path} ({e.strerror or e}); what is encoded is kept, run "
                         "the same command again when there is room, or name another folder by "
@@ -187,3 +194,44 @@ def header(rows, shape):
 def listed(names, shown=10):
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
     return "; ".join(names[:shown]) + more
+
+
+@torch.no_grad()
+def fidelity(images, latents, size, n):
+    """PSNR in dB of the first n images against what comes back of their latents, float32 (n,).
+
+    10 log10(peak^2 / mean squared error), of the posterior's mean, with peak 2 for [-1, 1].
+    """
+    pixels = (pixels for _, pixels, wrong in data.decoded(images, size) if not wrong)
+    means, found, n = latents.array[:, 0, 0], [], min(n, latents.size)
+    for start in tqdm(range(0, n, AT_A_TIME), desc="decoding", unit="batch"):
+        x = data.from_uint8(torch.stack(list(islice(pixels, min(AT_A_TIME, n - start)))))
+        mean = torch.from_numpy(means[start : start + len(x)].astype(np.float32))
+        error = latents.decode(latents.codec.sample(mean.to(latents.device))) - x
+        found.append(10 * (4 / error.square().flatten(1).mean(1)).log10())
+    return torch.cat(found)
+
+
+def main(argv=None):
+    parser = Parser(description="Encodes the images of a data set ahead of training, and tells how "
+                    "well the autoencoder gives them back.", allow_abbrev=False)
+    parser.add_argument("--dataset", choices=LATENT_SETS, default="folder", help="[%(default)s]")
+    parser.add_argument("--n", type=int, default=100, help="how many of them are decoded again "
+                        "[%(default)s]")
+    add_field_flags(parser, (*MACHINE, "data_dir", "download", "image_size", "vae", "vae_weights",
+                             "latents_dir"))
+    given = {k: tuple(v) if isinstance(v, list) else v
+             for k, v in vars(parser.parse_args(argv)).items()}
+    if (n := given.pop("n")) < 1:
+        raise UserError(f"--n {n} makes no sense; it must be at least 1")
+    cfg = make_config(**given)
+    images = data.open_images(cfg)
+    latents = open_latents(cfg, choose_device(cfg), images)
+    psnr = fidelity(images, latents, cfg.image_size, n)
+    print(f"{latents.size:,} images in {cfg.latents_dir}/{latents.key}.npy; {cfg.vae} gives the "
+          f"first {len(psnr):,} back at {psnr.mean():.2f} dB PSNR on average, {psnr.min():.2f} dB "
+          "at worst")
+
+
+if __name__ == "__main__":
+    run_script(main)

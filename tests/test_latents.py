@@ -374,6 +374,30 @@ def test_images_are_encoded_once(pooling, monkeypatch):
     assert latents.open_latents(settings()).size == 5
 
 
+def test_encoding_ahead_tells_what_is_lost(pooling, monkeypatch):
+    a_folder("images", 37)
+    Path("images/a/0003.png").write_bytes(b"no image")
+    Path("images/z.png").write_bytes(b"no image either")
+    for i in range(200):                           # so that two are less than 1 %
+        shutil.copy("images/a/0000.png", f"images/y{i:03d}.png")
+    line = f"latents.py --data-dir images --image-size 32 --precision fp32 {CPU}"
+    printed = works(line, "--n", 40)
+    assert "images a second" in printed and str(the_file()) in printed
+    pixels = [decode_image(c, 32) for c in contents(Path("images")) if not c.startswith(b"no")]
+    x = data.from_uint8(torch.stack(pixels[:40]))
+    gap = pooling.decode(pooling.sample(pooling.encode(x)[0].half().float())).clamp(-1, 1) - x
+    psnr = -10 * np.log10((gap / 2).square().mean(dim=(1, 2, 3)).numpy())
+    assert "236 images in" in printed and "first 40 back" in printed
+    assert f"{psnr.mean():.2f} dB PSNR on average, {psnr.min():.2f} dB" in printed
+
+    # training takes this very file, and asking again encodes nothing
+    monkeypatch.setattr(latents, "encode", None)
+    assert latents.open_latents(settings()).size == 236
+    assert "first 236 back" in works(line, "--n", 1000)
+    refused(f"{line} --n 0", "--n 0")
+    refused(f"latents.py --data-dir nowhere {CPU}", "nowhere; --data-dir")
+
+
 class Stopped:
     """Pooling.encode that counts the images it saw and raises `error` in its n-th call."""
 
