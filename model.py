@@ -439,10 +439,12 @@ def wants_bf16(cfg, device):
 
 
 def fast_bf16(device):
-    """Whether the device multiplies bf16 matrices in hardware: NVIDIA from Ampere, AMX CPUs."""
+    """Whether the device multiplies bf16 matrices in hardware: NVIDIA from Ampere on, CPUs with AMX
+    or AVX512-BF16."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+    return device.type == "cpu" and any(getattr(torch.cpu, f"_is_{name}_supported", bool)()
+                                        for name in ("amx_tile", "avx512_bf16"))
 
 
 @torch.no_grad()
