@@ -3,7 +3,8 @@
 Notation of the paper throughout: z0 data, z1 noise, t in [0, 1] with t = 1 noise and t = 0 data,
 zt = (1 - t) z0 + t z1, velocity v = z1 - z0, and the z0-prediction f(z, t) = z - t v(z, t).
 Points (B, 2), images and latents (B, C, H, W) share every line; t always has shape (B,).
-Every loss is a mean over all elements; what the paper marks sg (stop-gradient) is detached here.
+Every loss is a mean over all elements (R1 a mean over samples); what the paper marks sg
+(stop-gradient) is detached here.
 """
 
 import torch
