@@ -110,7 +110,7 @@ PRESETS = {
         channels=32, blocks=1, patch_size=2, time_scale=1000.0, disc_channels=32,
         teacher_steps=2000, teacher_lr=1e-3, teacher_batch_size=128,
         steps=4000, batch_size=16, lr=4e-4, disc_lr=1e-3, huber_c=0.01,
-        t_trunc=0.4, l_gan=0.1, l_rf=1.0, l_bi=0.1, n_gan=0, n_rf=2000, r1=1.0,
+        t_trunc=0.4, l_gan=0.1, l_rf=1.0, l_bi=0.1, n_gan=0, n_rf=400, r1=1.0,
         pairs=5000, pair_steps=50,
         save_every=400, preview_every=800,
     ),
