@@ -814,7 +814,7 @@ def readme_commands():
     text = path.read_text() if path.exists() else ""
     blocks = re.findall(r"^```(?:bash|sh)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    found = [re.match(r"\s*python ((?:train|teacher|sample|evaluate|oversaturation)\.py.*)", line)
+    found = [re.match(r"\s*python ((?:train|teacher|sample|evaluate|latents|oversaturation)\.py.*)", line)
              for line in lines]
     return [shlex.join(shlex.split(m[1], comments=True)) for m in found if m]
 
@@ -843,6 +843,7 @@ def test_the_readmes_commands(mnist_dir, faces_dir, taef2_files, monkeypatch):
     copy_faces(faces_dir, 16, "MY_PHOTOS")
     latents = f"--data-dir MY_PHOTOS --vae taef2 --vae-weights {shlex.join(map(str, taef2_files))} "
     latents += "--model tiny --image-size 64 --patch-size 1 --mult 1 2 --attention 1"
+    few_of["latents.py"] = f"--image-size 64 --vae-weights {shlex.join(map(str, taef2_files))}"
 
     def once(functions, device, rounds, warmup=2, desc=""):
         for name, function in functions.items():
@@ -853,7 +854,7 @@ def test_the_readmes_commands(mnist_dir, faces_dir, taef2_files, monkeypatch):
     monkeypatch.setattr(speed, "medians", once)
     monkeypatch.setattr(features, "fid_network", lambda device: lambda x: x.flatten(2).mean(2))
     monkeypatch.setattr(ablation, "as_long_as", lambda scflow, cfg, *more: cfg)
-    Path("my_features.py").write_text("def embed(x):\n    return x.flatten(1)[:, :20]\n")
+    Path("my_features.py").write_text("def embed(x):\n    return x.flatten(1)[:, :8]\n")
     for command in commands:
         words = [word for word in shlex.split(command) if word not in ("--compile", "--download")]
         if "--help" in words:
