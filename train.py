@@ -54,8 +54,8 @@ def scflow_step(net, z0, y, step, cfg, draws):
         hi = zt + expand(d_k, zt) * v, t + d_k
         f_lo, *f_hi = z0_predictions(net.target, [lo, hi] if "bi" in use else [lo], y)
 
-    # f(zt, t) serves CD and BI, the one-step sample x1 = f(z1, 1) serves GAN and RF; f_hi and x1 are
-    # lists of one, or empty where no loss needs them
+    # f(zt, t) serves CD and BI, the one-step sample x1 = f(z1, 1) serves GAN and RF; f_hi and x1
+    # are lists of one, or empty where no loss needs them
     here, noise = (zt, t), (z1, torch.ones_like(t))
     f_t, *x1 = z0_predictions(net.student, [here, noise] if use & {"gan", "rf"} else [here], y)
 

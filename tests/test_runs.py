@@ -814,8 +814,8 @@ def readme_commands():
     text = path.read_text() if path.exists() else ""
     blocks = re.findall(r"^```(?:bash|sh)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    found = [re.match(r"\s*python ((?:train|teacher|sample|evaluate|latents|oversaturation)\.py.*)", line)
-             for line in lines]
+    scripts = "train|teacher|sample|evaluate|latents|oversaturation"
+    found = [re.match(rf"\s*python ((?:{scripts})\.py.*)", line) for line in lines]
     return [shlex.join(shlex.split(m[1], comments=True)) for m in found if m]
 
 
