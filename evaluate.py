@@ -7,6 +7,7 @@ it precision and recall, how far few steps end from one step, the spread, and th
 import json
 import statistics
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -19,7 +20,6 @@ import data
 import sample
 from config import (DATASETS, LATENT_SETS, MACHINE, POINT_SETS, TEACHER_FIELDS, Config, Parser,
                     UserError, add_field_flags, flag, make_config, run_script)
-from features import extractor
 
 MEASURES = ("distance", "precision", "recall", "consistency", "spread", "per_second")
 MANY = {True: 100, False: 50}      # NFE of the teacher at its best, for points and for images
@@ -34,7 +34,9 @@ def projections(x, directions=256, seed=0):
     """Points (n, d) projected on fixed random directions, each sorted: (directions, n)."""
     w = torch.randn(x.shape[1], directions, generator=torch.Generator().manual_seed(seed))
     along = (x.float().cpu() @ (w / w.norm(dim=0))).T.contiguous()
-    return torch.from_numpy(np.sort(along.numpy(), axis=1))    # half the time of torch.sort here
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # a quarter of torch.sort's time
+        list(pool.map(np.ndarray.sort, along.numpy()))         # each row where it lies
+    return along
 
 
 def sliced_w2(a, b, directions=256, seed=0, b_projected=None):
@@ -67,8 +69,16 @@ def frechet_distance(a, b):
     return (gap + cov_a.trace() + cov_b.trace() - 2 * cross).item()
 
 
+def squared_distances(a, b):
+    """|| a - b ||^2 of every pair of rows, float64 (n, d) and (m, d) -> (n, m), in one product.
+
+    Of rows near 1 it is right to 1e-15; a fifth of the time of torch.cdist.
+    """
+    return torch.addmm(b.square().sum(1), a, b.T, alpha=-2).add_(a.square().sum(1, keepdim=True))
+
+
 @torch.no_grad()
-def radii(x, k=3, at_a_time=250):
+def radii(x, k=3, at_a_time=100):
     """Distance of each of the features (n, d) from its k-th neighbour, (n,) float64.
 
     In pieces, so that memory grows with n alone, and small ones, which caches and the allocator
@@ -77,12 +87,13 @@ def radii(x, k=3, at_a_time=250):
     if len(x) <= k:
         raise ValueError(f"precision and recall take more than k = {k} samples")
     x = x.double().cpu()                           # each is its own nearest, hence k + 1
-    return torch.cat([torch.cdist(part, x).topk(k + 1, largest=False).values[:, -1]
-                      for part in x.split(at_a_time)])
+    nearest = [squared_distances(part, x).topk(k + 1, largest=False).values[:, -1]
+               for part in x.split(at_a_time)]
+    return torch.cat(nearest).clamp(min=0).sqrt()
 
 
 @torch.no_grad()
-def precision_recall(real, fake, k=3, at_a_time=250, real_radii=None):
+def precision_recall(real, fake, k=3, at_a_time=100, real_radii=None):
     """Precision and recall of Kynkaanniemi et al. (2019) on features (n, d), (m, d).
 
     Precision: the share of `fake` within the k-th neighbour's distance of some `real`; recall: the
@@ -93,9 +104,9 @@ def precision_recall(real, fake, k=3, at_a_time=250, real_radii=None):
     real, fake = real.double().cpu(), fake.double().cpu()
     inside, covered = torch.zeros(len(fake), dtype=torch.bool), []
     for part, radius in zip(real.split(at_a_time), real_radii.split(at_a_time)):
-        apart = torch.cdist(part, fake)            # (at_a_time, m)
-        inside |= (apart < radius[:, None]).any(0)
-        covered.append((apart < fake_radii).any(1))
+        apart = squared_distances(part, fake)      # (at_a_time, m)
+        inside |= (apart < radius[:, None].square()).any(0)
+        covered.append((apart < fake_radii.square()).any(1))
     return inside.double().mean().item(), torch.cat(covered).double().mean().item()
 
 
@@ -130,7 +141,12 @@ class Reference:
     """
 
     def __init__(self, cfg, n, spec="", device="cpu"):
-        name, self.features = extractor(cfg.dataset, spec, cfg.data_dir, device)
+        name, self.features = "", lambda z: z.float().cpu()
+        if cfg.dataset not in POINT_SETS:          # torchvision takes seconds to import
+            from features import extractor
+            name, self.features = extractor(cfg.dataset, spec, cfg.data_dir, device)
+        elif spec:
+            raise UserError("--features is for images; points are compared as they are")
         generator = torch.Generator().manual_seed(20_000)
         self.points, against, self.floor_name = cfg.dataset in POINT_SETS, "", "data against data"
         if self.points:
@@ -369,7 +385,7 @@ def parse(argv=None):
     how.add_argument("--solver", choices=tuple(sample.SOLVERS), default="euler", help="[euler]")
     how.add_argument("--features", default="", metavar="MODULE:FUNCTION", help="compare images by "
                      "a function of yours, (B, C, H, W) in [-1, 1] -> (B, d)")
-    how.add_argument("--batch", type=int, help="samples at a time [5000 points, 500 images, 64 "
+    how.add_argument("--batch", type=int, help="samples at a time [1000 points, 500 images, 64 "
                      "latents]")
     how.add_argument("--out", metavar="FILE", help="the tables as FILE.json and FILE.md "
                      "[evaluation beside the checkpoint]")
@@ -426,7 +442,7 @@ def prepare(args, cfg, shape, network):
     """The Reference of the command line's settings, and the arguments that `measure` takes."""
     points, device = len(shape) == 1, next(network.parameters()).device
     n = args.n or (50_000 if points else 5_000 if cfg.dataset in LATENT_SETS else 2_000)
-    batch = args.batch or (5000 if points else sample.at_a_time(cfg.dataset))
+    batch = args.batch or (1000 if points else sample.at_a_time(cfg.dataset))
     return Reference(cfg, n, args.features, device), dict(
         shape=tuple(shape), n=n, solver=args.solver, batch=batch, device=device)
 

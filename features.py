@@ -18,7 +18,7 @@ from tqdm import trange
 
 import checkpoint
 import data
-from config import LATENT_SETS, POINT_SETS, UserError, make_config
+from config import LATENT_SETS, UserError, make_config
 
 AT_A_TIME = 100                    # images that a network sees together
 
@@ -149,15 +149,11 @@ def own_function(spec):
 
 
 def extractor(dataset, spec="", data_dir="data", device="cpu"):
-    """(name, function): samples in [-1, 1] -> features float32 (n, d) on the CPU.
+    """(name, function): images in [-1, 1] -> features float32 (n, d) on the CPU.
 
-    Points are their own features. Images are seen in the 8 bits of a file, AT_A_TIME together.
+    They are seen in the 8 bits of a file, AT_A_TIME together.
     Raises UserError where the weights or the function are not to be had, or their shape is wrong.
     """
-    if dataset in POINT_SETS:
-        if spec:
-            raise UserError("--features is for images; points are compared as they are")
-        return "", lambda z: z.float().cpu()
     if spec:
         name, function = spec, own_function(spec)
     elif dataset in LATENT_SETS:

@@ -221,7 +221,7 @@ def test_features_of_your_own():
         with pytest.raises(UserError, match=word):
             features.extractor("mnist", spec)[1](images)
     with pytest.raises(UserError, match="for images"):
-        features.extractor("moons", "own_features:good")
+        evaluate.Reference(make_config("moons"), 10, "own_features:good")
 
 
 def test_latents_are_measured_as_images(faces_dir, taef2_files):
