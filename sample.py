@@ -17,8 +17,8 @@ from tqdm import tqdm
 import checkpoint
 import parallel
 import plots
-from config import (DATASETS, FACTOR, LATENT_SETS, MACHINE, Parser, UserError,
-                    add_field_flags, make_config, run_script)
+from config import (DATASETS, FACTOR, LATENT_SETS, MACHINE, POINT_SETS, Parser,
+                    UserError, add_field_flags, make_config, run_script)
 from data import to_uint8
 from losses import expand, interpolate
 from model import choose_device, copy_of, prepare, velocity_network
@@ -281,8 +281,8 @@ def check(args, **least):
 
 
 def at_a_time(dataset):
-    """Samples that are drawn together: few of latents, whose UNet and decoder take much memory."""
-    return 64 if dataset in LATENT_SETS else 500
+    """Samples that are drawn together: what caches like; of latents, few for the memory's sake."""
+    return 64 if dataset in LATENT_SETS else 1000 if dataset in POINT_SETS else 500
 
 
 def parse(argv=None):
@@ -303,7 +303,8 @@ def parse(argv=None):
                      help="heun is of second order and takes an odd NFE [euler]")
     how.add_argument("--stochastic", action="store_true",
                      help="predict z0, mix in fresh noise, repeat, as consistency models do")
-    how.add_argument("--batch", type=int, help="samples at a time [500; 64 of latents]")
+    how.add_argument("--batch", type=int, help="samples at a time [1000 points, 500 images, "
+                     "64 latents]")
     to = parser.add_argument_group("what is written")
     to.add_argument("--trajectory", action="store_true", help="zt and z0-predictions along the "
                     "path (Figure 4: --nfe 10; Figure 7: --nfe 4 --no-teacher)")

@@ -839,11 +839,11 @@ def test_the_readmes_commands(mnist_dir, faces_dir, taef2_files, monkeypatch):
                 "--disc-channels 8 --device cpu --threads 1")
     few_of = {"train.py": training, "teacher.py": training,
               "sample.py": "--n 16 --device cpu --threads 1",
-              "evaluate.py": "--n 100 --device cpu --threads 1"}
+              "evaluate.py": "--n 100 --device cpu --threads 1",
+              "latents.py": f"--image-size 64 --vae-weights {shlex.join(map(str, taef2_files))}"}
     copy_faces(faces_dir, 16, "MY_PHOTOS")
-    latents = f"--data-dir MY_PHOTOS --vae taef2 --vae-weights {shlex.join(map(str, taef2_files))} "
-    latents += "--model tiny --image-size 64 --patch-size 1 --mult 1 2 --attention 1"
-    few_of["latents.py"] = f"--image-size 64 --vae-weights {shlex.join(map(str, taef2_files))}"
+    latents = f"--data-dir MY_PHOTOS --vae taef2 {few_of['latents.py']} "
+    latents += "--model tiny --patch-size 1 --mult 1 2 --attention 1"
 
     def once(functions, device, rounds, warmup=2, desc=""):
         for name, function in functions.items():
@@ -863,7 +863,7 @@ def test_the_readmes_commands(mnist_dir, faces_dir, taef2_files, monkeypatch):
         if "--teacher-checkpoint" in words and "model_480.pth" in words:
             i = words.index("--teacher-checkpoint")
             del words[i : i + 2]
-        flags = few_of.get(words[0], "").split()
+        flags = shlex.split(few_of.get(words[0], ""))
         if "--ablation" in words:
             flags += f"{training} --pairs 20 --pair-steps 1 --nfe 1".split()
         if {"celebahq", "folder"} & set(words):
