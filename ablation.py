@@ -201,8 +201,9 @@ def as_long_as(scflow, cfg, path, phi):
             for_pairs *= 2 if cfg.method == "reflow-distill" else 1
         left = (seconds - for_pairs) / (slower * sum(parts) / len(parts))
         if left < 100:
-            raise UserError(f"making the pairs alone takes about {for_pairs:.0f} s, SCFlow's whole "
-                            f"run {seconds:.0f} s; choose fewer --pairs or --pair-steps")
+            raise UserError(f"{cfg.method} would have fewer than 100 iterations in the "
+                            f"{seconds:.3g} s of SCFlow's run, {for_pairs:.3g} s of them for "
+                            "making pairs; choose more --steps, or fewer --pairs or --pair-steps")
         known[name] = {"scflow": [steps, seconds], "steps": int(left)}
         evaluate.write_text(path, json.dumps(known, indent=1))
     return replace(cfg, steps=known[name]["steps"])
