@@ -3,8 +3,8 @@
 Notation of the paper throughout: z0 data, z1 noise, t in [0, 1] with t = 1 noise and t = 0 data,
 zt = (1 - t) z0 + t z1, velocity v = z1 - z0, and the z0-prediction f(z, t) = z - t v(z, t).
 Points (B, 2), images and latents (B, C, H, W) share every line; t always has shape (B,).
-Every loss is a mean over all elements (R1 a mean over samples); what the paper marks sg
-(stop-gradient) is detached here.
+Every loss is a mean over all elements (R1: over samples). What the paper marks sg (stop-gradient)
+is detached here.
 """
 
 import torch
@@ -28,10 +28,15 @@ def z0_prediction(model, zt, t, y=None):
 
 
 def z0_predictions(model, pairs, y=None):
-    """f at several (z, t), each (B, ...) and (B,), in one batch: a tuple, an answer for each."""
-    z, t = (torch.cat(parts) for parts in zip(*pairs))
-    y = y if y is None else y.repeat(len(pairs))
-    return z0_prediction(model, z, t, y).chunk(len(pairs))
+    """f at several (z, t), each (B, ...) and (B,), in one batch: one answer per pair, in order.
+
+    A pair may be None (no loss needs it); its answer is None.
+    """
+    needed = [pair for pair in pairs if pair is not None]
+    z, t = (torch.cat(parts) for parts in zip(*needed))
+    y = None if y is None else torch.cat([y] * len(needed))
+    answers = iter(z0_prediction(model, z, t, y).chunk(len(needed)))
+    return [None if pair is None else next(answers) for pair in pairs]
 
 
 # ------------------------------------------------------------------------------------ teacher
@@ -56,7 +61,7 @@ def time_skip(t, u_s, u_k, t_skip):
 def distance(a, b, metric="pseudo-huber", c=0.01):
     """Mean over all elements of d^2 ("l2") or of sqrt(d^2 + c^2) - c ("pseudo-huber"), d = a - b.
 
-    The paper writes the first, its code runs the second: quadratic for |d| < c, then linear.
+    The paper has L2. Its code has pseudo-Huber, quadratic for |d| < c and linear beyond.
     """
     if metric == "l2":
         return F.mse_loss(a, b)
@@ -65,24 +70,24 @@ def distance(a, b, metric="pseudo-huber", c=0.01):
 
 def consistency_loss(f_t, f_lo, z0, t, t_lo, t_trunc, truncation="landing", metric="pseudo-huber",
                      c=0.01):
-    """Truncated consistency (Eq. 8): f(zt, t) matches f~(z_lo, t_lo), near the data z0 itself.
+    """Truncated consistency (Eq. 8): f(zt, t) matches f~(z_lo, t_lo), or z0 itself near the data.
 
     f_t is f_theta(zt, t); f_lo is f_theta~(z_lo, t_lo) after the teacher's step down to t_lo.
-    z0 takes its place where t_lo < t_trunc ("landing", official code) or t <= t_trunc ("current",
-    paper). t_trunc = 0 is plain consistency distillation.
+    The target is z0 if t_lo < t_trunc ("landing", the official code) or if t <= t_trunc ("current",
+    the paper). t_trunc = 0 is plain consistency distillation.
     """
     near_data = t_lo < t_trunc if truncation == "landing" else t <= t_trunc   # (B,)
-    aim = torch.where(expand(near_data, z0), z0, f_lo)
-    return distance(f_t, aim.detach(), metric, c)
+    target = torch.where(expand(near_data, z0), z0, f_lo)
+    return distance(f_t, target.detach(), metric, c)
 
 
 def bidirectional_loss(f_t, f_hi, metric="pseudo-huber", c=0.01):
-    """Consistency upwards (Eq. 10): f(zt, t) matches f~(z_hi, t_hi), a teacher's step noisier."""
+    """Consistency upwards (Eq. 10): f(zt, t) matches f~(z_hi, t_hi), after a teacher's step up."""
     return distance(f_t, f_hi.detach(), metric, c)
 
 
 def reflow_loss(f_r, x1):
-    """|| x1 - f(zr, t) ||^2, zr = (1-t) x1 + t z1 (Eq. 9): straight lines to one-step x1."""
+    """|| x1 - f(zr, t) ||^2, zr = (1-t) x1 + t z1 (Eq. 9): straight lines to the one-step x1."""
     return F.mse_loss(f_r, x1.detach())
 
 
@@ -100,7 +105,7 @@ def discriminator_loss(d_real, d_fake):
 
 
 def r1_penalty(d_real, z0):
-    """|| grad D(z0) ||^2, mean over the batch (Mescheder et al., 2018); z0 requires gradients.
+    """|| grad D(z0) ||^2, mean over the batch (Mescheder et al., 2018). z0 requires gradients.
 
     Differentiable in D's weights (double backward), so D must run eagerly, not compiled.
     """

@@ -1,64 +1,44 @@
 """Networks: velocity models v(zt, t, y) for points and images, discriminators D(z, y), EMA.
 
 Velocity networks are called `model(zt, t, y=None)`. zt is (B, 2) or (B, C, H, W), t is (B,) in
-[0, 1] with t = 1 noise and t = 0 data, y is (B,) int64 labels; the answer has zt's shape.
+[0, 1] with t = 1 noise and t = 0 data, y is (B,) int64 labels. The answer has the shape of zt.
 """
 
 import copy
 import math
-import os
-from itertools import repeat
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-import parallel
-from config import POINT_SETS, UserError
-
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+from config import LATENT_DOWNSAMPLING, LATENT_SETS
+from harness import UserError
+from harness.machine import Network, VelocityNetwork
 
 
 def time_features(t, dim, time_scale=1.0):
     """Sinusoidal features of time, (B,) -> (B, dim): cosines first, as in ADM (Dhariwal 2021).
 
-    time_scale stretches t before the fixed frequencies 1 ... 1e-4: the published CelebA-HQ teacher
-    takes raw t (scale 1), while small networks see time better through a larger scale.
+    t is multiplied by time_scale before the fixed frequencies 1 ... 1e-4. The published CelebA-HQ
+    teacher takes raw t (scale 1); small networks learn better with a larger scale.
     """
     freqs = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
     angles = time_scale * t[:, None].float() * freqs                      # (B, dim / 2)
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
-class Network(nn.Module):
-    """A network that `prepare` may set to compute in bf16 or to save memory; it answers float32.
+class Float32(nn.Sequential):
+    """Layers that compute in float32 even under autocast: bf16 confuses neighbouring times."""
 
-    With `pieces` > 1 a batch goes through in that many pieces, each computed a second time in the
-    backward pass, so that only one piece's activations are in memory: gradient accumulation that
-    leaves the method, and its result, as they are.
-    """
-
-    bf16, pieces, checkpointing = False, 1, False
-
-    def __call__(self, z, *args):
-        with torch.autocast(z.device.type, torch.bfloat16, enabled=self.bf16):
-            whole = super().__call__
-            if self.pieces == 1:
-                return whole(z, *args).float()
-            pieces = zip(*(repeat(x) if x is None else x.chunk(self.pieces) for x in (z, *args)))
-            return torch.cat([self.again(whole, *piece).float() for piece in pieces])
-
-    def again(self, function, *args):
-        """function(*args), computed again in the backward pass instead of kept in memory."""
-        if not torch.is_grad_enabled():
-            return function(*args)
-        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.float())
 
 
 class LabelEmbedding(nn.Embedding):
-    """Class embedding with one extra row, the null condition of Eq. 2, which y = None selects."""
+    """Class embedding with one extra row, the null condition of Eq. 3, which y = None selects."""
 
     def __init__(self, num_classes, dim):
         super().__init__(num_classes + 1, dim)
@@ -75,14 +55,14 @@ class LabelEmbedding(nn.Embedding):
 def point_features(z):
     """Coordinates with their sines and cosines at four frequencies, (B, dim) -> (B, 9 dim).
 
-    On bare coordinates an MLP learns smooth functions first and the edges of a density hardly at
-    all (Tancik et al., 2020, "Fourier features").
+    From the coordinates alone an MLP learns smooth functions, but not the sharp edges of a density
+    (Tancik et al., 2020, "Fourier features").
     """
     angles = z[:, :, None] * 2.0 ** torch.arange(4, device=z.device)      # (B, dim, 4)
     return torch.cat([z, angles.sin().flatten(1), angles.cos().flatten(1)], dim=1)
 
 
-class MLP(Network):
+class MLP(VelocityNetwork):
     """Velocity of points, (B, dim): SiLU layers on the features of the point and of its time."""
 
     def __init__(self, dim=2, channels=128, blocks=3, time_scale=10.0, num_classes=0):
@@ -108,11 +88,9 @@ class PointDiscriminator(Network):
 
     def __init__(self, dim=2, channels=128, num_classes=0):
         super().__init__()
-        self.body = nn.Sequential(
-            nn.Linear(9 * dim, channels), nn.LeakyReLU(0.2),
-            nn.Linear(channels, channels), nn.LeakyReLU(0.2),
-            nn.Linear(channels, channels), nn.LeakyReLU(0.2),
-        )
+        widths = [9 * dim, channels, channels, channels]
+        self.body = nn.Sequential(*[layer for a, b in zip(widths, widths[1:])
+                                    for layer in (nn.Linear(a, b), nn.LeakyReLU(0.2))])
         self.head = Head(channels, num_classes)
 
     def forward(self, z, y=None):
@@ -138,7 +116,7 @@ class Head(nn.Module):
 
 
 def norm(channels):
-    """GroupNorm as in ADM: 32 groups, fewer where a group would have less than four channels."""
+    """GroupNorm as in ADM: 32 groups, or fewer so that each group has at least four channels."""
     return nn.GroupNorm(math.gcd(32, max(channels // 4, 1)), channels)
 
 
@@ -150,8 +128,8 @@ class ResBlock(nn.Module):
         self.in_layers = nn.Sequential(
             norm(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
         )
-        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, 2 * out_channels))
-        # the identity stands where ADM has dropout, so that the keys of its checkpoints fit
+        self.emb_layers = Float32(nn.SiLU(), nn.Linear(emb_channels, 2 * out_channels))
+        # ADM has dropout in place of the identity; with it, the keys of its checkpoints fit
         self.out_layers = nn.Sequential(
             norm(out_channels), nn.SiLU(), nn.Identity(),
             nn.Conv2d(out_channels, out_channels, 3, padding=1),
@@ -169,7 +147,7 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over all positions; channels lie as [head 0: q k v | head 1: q k v | ...]."""
+    """Self-attention over all positions; channels are [head 0: q k v | head 1: q k v | ...]."""
 
     def __init__(self, channels, heads):
         super().__init__()
@@ -221,23 +199,23 @@ class Stage(nn.ModuleList):
         return x
 
 
-class UNet(Network):
+class UNet(VelocityNetwork):
     """Velocity of images or latents, (B, C, H, W): the UNet of ADM, in any size.
 
     With in_channels=4, channels=256, mult=(1, 2, 2, 2), blocks=2, attention=(3,), heads=4,
     time_scale=1 it is the network of the published CelebA-HQ teacher, key for key: 304 tensors,
-    153,099,524 parameters. `mult` holds a channel multiplier a level, each level at half the
-    resolution of the one before; `attention` the levels (0 is the finest) that have attention; the
-    middle always has. patch_size > 1 folds p x p pixels into channels before the first layer.
+    153,099,524 parameters. `mult` holds one channel multiplier per level; each level has half the
+    resolution of the one before. `attention` names the levels with attention (0 is the finest); the
+    middle always has it. patch_size > 1 folds p x p pixels into channels before the first layer.
     """
 
     def __init__(self, in_channels=4, channels=256, mult=(1, 2, 2, 2), blocks=2, attention=(3,),
                  heads=4, time_scale=1.0, patch_size=1, num_classes=0):
         super().__init__()
         self.channels, self.time_scale, self.patch_size = channels, time_scale, patch_size
-        self.divisor = patch_size * 2 ** (len(mult) - 1)                  # H and W must divide by
+        self.divisor = patch_size * 2 ** (len(mult) - 1)                  # of height and width
         emb_channels = 4 * channels
-        self.time_embed = nn.Sequential(
+        self.time_embed = Float32(
             nn.Linear(channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
         )
         self.label_emb = LabelEmbedding(num_classes, emb_channels) if num_classes else None
@@ -245,7 +223,7 @@ class UNet(Network):
         def attend(level, ch):
             return [Attention(ch, heads)] if level in attention else []
 
-        # down: every stage's output is kept for the way up
+        # down: the output of every stage is kept for the way up
         folded, ch = in_channels * patch_size**2, channels
         self.input_blocks = nn.ModuleList([Stage([Stem(folded, ch, 3, padding=1)])])
         kept = [ch]
@@ -264,7 +242,7 @@ class UNet(Network):
             ResBlock(ch, emb_channels, ch), Attention(ch, heads), ResBlock(ch, emb_channels, ch)
         ])
 
-        # up: one block more a level than on the way down, each joined by a kept output
+        # up: one block more per level than on the way down; each also takes a kept output
         self.output_blocks = nn.ModuleList()
         for level, m in reversed(list(enumerate(mult))):
             for i in range(blocks + 1):
@@ -298,13 +276,12 @@ class UNet(Network):
             h = self.run(stage, torch.cat([h, kept.pop()], dim=1), emb)
         return rearrange(self.out(h), "b (c p q) h w -> b c (h p) (w q)", p=p, q=p)
 
-
     def run(self, stage, h, emb):
         return self.again(stage, h, emb) if self.checkpointing else stage(h, emb)
 
 
 class DownBlock(nn.Module):
-    """Residual block of the discriminator that halves the resolution; no norm, so R1 acts on it."""
+    """Residual block of the discriminator: halves the resolution, without a norm."""
 
     def __init__(self, channels, out_channels):
         super().__init__()
@@ -314,7 +291,7 @@ class DownBlock(nn.Module):
 
     def forward(self, x):
         h = F.leaky_relu(self.conv1(F.leaky_relu(x, 0.2)), 0.2)
-        # pooling before the 1x1 and after the 3x3 is the cheap order of the same two results
+        # a 1x1 convolution and average pooling commute; pooling first is cheaper
         h = F.avg_pool2d(self.conv2(h), 2, ceil_mode=True)
         return (h + self.skip(F.avg_pool2d(x, 2, ceil_mode=True))) / math.sqrt(2)
 
@@ -344,7 +321,7 @@ class ImageDiscriminator(Network):
 
 
 def kaiming(discriminator):
-    """Weights that keep the size of activations through LeakyReLUs: without norms they must."""
+    """Weights that keep the size of activations through LeakyReLUs, since there are no norms."""
     for module in discriminator.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             nn.init.kaiming_normal_(module.weight, a=0.2)
@@ -353,37 +330,67 @@ def kaiming(discriminator):
     return discriminator
 
 
-# ----------------------------------------------------------------------------------------- EMA
+# --------------------------------------------------------------- averages and learning rates
 
 
 @torch.no_grad()
 def ema_update(ema, model, decay):
     """ema <- decay ema + (1 - decay) model, all tensors in one fused call."""
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+    get_ema_multi_avg_fn(decay)(list(ema.parameters()), list(model.parameters()), None)
+
+
+def copy_of(network):
+    """A frozen copy of a network: same weights, no gradients, evaluation mode."""
+    return copy.deepcopy(network).eval().requires_grad_(False)
+
+
+def set_rates(cfg, step, steps, *pairs):
+    """Sets the learning rates of (optimiser, peak rate) pairs for iteration `step` of `steps`.
+
+    They rise from zero in cfg.lr_warmup steps and fall along a cosine to cfg.lr_final of the peak.
+    """
+    fall = cfg.lr_final + (1 - cfg.lr_final) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+    for opt, lr in pairs:
+        for group in opt.param_groups:
+            group["lr"] = lr * fall * min(1.0, (step + 1) / max(cfg.lr_warmup, 1))
 
 
 # ------------------------------------------------------------------------------ from the settings
 
 
 def velocity_network(cfg, shape):
-    """The velocity network for samples of `shape`: an MLP for (dim,), a UNet for (C, H, W)."""
+    """The velocity network for samples of `shape`: an MLP for (dim,), a UNet for (C, H, W).
+
+    Raises UserError if the settings make no network for this shape.
+    """
+    check_network(cfg, shape)
     if len(shape) == 1:
         return MLP(shape[0], cfg.channels, cfg.blocks, cfg.time_scale, cfg.num_classes)
+    return UNet(shape[0], cfg.channels, cfg.mult, cfg.blocks, cfg.attention, cfg.heads,
+                cfg.time_scale, cfg.patch_size, cfg.num_classes)
+
+
+def check_network(cfg, shape):
+    """UserError if the settings make no network for samples of `shape`; nothing is built."""
+    if len(shape) == 1:
+        return
     divisor = cfg.patch_size * 2 ** (len(cfg.mult) - 1)
     widths = [m * cfg.channels for m in cfg.mult]
     attended = {w for level, w in enumerate(widths) if level in cfg.attention} | {*widths[-1:]}
     if not widths or min(widths) < 4 or any(w % 4 for w in widths) or any(
             w % cfg.heads for w in attended):
-        raise UserError(f"--channels {cfg.channels} times each --mult must divide by 4, and by "
-                        f"--heads {cfg.heads} where there is attention")
+        raise UserError(f"--channels {cfg.channels} times each --mult must be a multiple of 4, and "
+                        f"of --heads {cfg.heads} at the levels with attention")
     if any(not 0 <= level < len(widths) for level in cfg.attention):
-        raise UserError(f"--attention {' '.join(map(str, cfg.attention))} names a level that is "
-                        f"not there; --mult makes the levels 0 to {len(widths) - 1}")
+        raise UserError(f"--attention {' '.join(map(str, cfg.attention))} names a level that does "
+                        f"not exist; --mult makes the levels 0 to {len(widths) - 1}")
     if shape[1] % divisor or shape[2] % divisor:
-        raise UserError(f"images of {shape[1]} x {shape[2]} do not divide by {divisor}; choose "
-                        "another --patch-size, or fewer levels by --mult")
-    return UNet(shape[0], cfg.channels, cfg.mult, cfg.blocks, cfg.attention, cfg.heads,
-                cfg.time_scale, cfg.patch_size, cfg.num_classes)
+        size = f"images of {shape[1]} x {shape[2]}"
+        if cfg.dataset in LATENT_SETS:
+            size = f"--image-size {cfg.image_size}"
+            divisor *= LATENT_DOWNSAMPLING
+        raise UserError(f"this network needs image sizes that are multiples of {divisor}; {size} "
+                        "is not; choose another size or --patch-size, or fewer levels by --mult")
 
 
 def discriminator(cfg, shape):
@@ -391,63 +398,3 @@ def discriminator(cfg, shape):
     if len(shape) == 1:
         return kaiming(PointDiscriminator(shape[0], cfg.disc_channels, cfg.num_classes))
     return kaiming(ImageDiscriminator(shape, cfg.disc_channels, cfg.patch_size, cfg.num_classes))
-
-
-def choose_device(cfg):
-    """The device of the settings, with the CPU's thread count set; UserError where it is absent."""
-    name = cfg.device
-    if name == "auto":
-        mps = torch.backends.mps.is_available()
-        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    if name == "cuda" and parallel.WORLD > 1:
-        name = f"cuda:{parallel.LOCAL_RANK}"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as e:   # each device its own
-        raise UserError(f"this machine has no device {name!r}; --device cpu always works") from e
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    points = cfg.dataset in POINT_SETS
-    # a small MLP gains nothing from many threads: handing out the work costs more than it
-    torch.set_num_threads(cfg.threads or (min(2, CORES) if points else CORES))
-    return device
-
-
-def prepare(network, cfg, device):
-    """The network on its device, in its memory format and precision, maybe compiled.
-
-    All of this stays inside the network's call, so that no line of the method knows of it.
-    """
-    points = cfg.dataset in POINT_SETS
-    network.to(device)
-    if cfg.channels_last and not points:
-        network.to(memory_format=torch.channels_last)
-    if isinstance(network, UNet):
-        network.pieces, network.checkpointing = cfg.grad_accum, cfg.checkpointing
-    if cfg.compile and isinstance(network, (MLP, UNet)):
-        network.compile()
-    network.bf16 = wants_bf16(cfg, device)
-    return network
-
-
-def wants_bf16(cfg, device):
-    """Whether the settings ask for bf16; `auto` does for images, where the device is fast at it."""
-    points = cfg.dataset in POINT_SETS
-    return cfg.precision == "bf16" or (
-        cfg.precision == "auto" and not points and fast_bf16(device))
-
-
-def fast_bf16(device):
-    """Whether the device multiplies bf16 matrices in hardware: NVIDIA from Ampere on, CPUs with AMX
-    or AVX512-BF16."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and any(getattr(torch.cpu, f"_is_{name}_supported", bool)()
-                                        for name in ("amx_tile", "avx512_bf16"))
-
-
-@torch.no_grad()
-def copy_of(network):
-    """A frozen copy of a network: same weights, no gradients, evaluation mode."""
-    return copy.deepcopy(network).eval().requires_grad_(False)

@@ -21,7 +21,7 @@ def pytest_addoption(parser):
 
 
 def needed(request, *parts):
-    """A path below the folder of test data, with that folder; skips the test where it is absent."""
+    """A path below the folder of test data, with that folder; skips the test if it is absent."""
     named = request.config.getoption("--data-dir") or os.environ.get("SCFLOW_TEST_DATA")
     folder = Path(named or ROOT.parent / "shared" / "data").resolve()
     path = folder.joinpath(*parts).resolve()
@@ -62,4 +62,4 @@ def no_pictures(monkeypatch):
     def touch(path, *args, **more):
         Path(path).touch()
     monkeypatch.setattr("sample.strips", touch)
-    monkeypatch.setattr("plots.losses", touch)
+    monkeypatch.setattr("harness.pictures.losses", touch)

@@ -1,0 +1,359 @@
+"""A run: its folder, its teacher, what it may overwrite, how it resumes, its log and pictures.
+
+    teacher.pt, student.pt                results: the averages that are sampled from
+    teacher_resume.pt, student_resume.pt  states to continue from
+    teacher_log.csv, log.csv              the logged terms, one row per cfg.log_every iterations
+    samples.png, losses.png, preview_*    pictures
+
+When train.py refuses to start, the reason is in this file.
+"""
+
+import time
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+
+import data
+import sample
+from config import CIRCUMSTANCES, LATENT_SETS, MACHINE, identity, run_dir
+from harness import UserError, checkpoint, machine, pictures
+from harness.log import Interrupt, Log, curves, read_rows
+from harness.machine import FIRST
+from harness.saved import open_network
+from model import check_network, velocity_network
+
+WAYS = "--resume continues it, --overwrite starts anew, another --out keeps both"
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run stopped by Ctrl-C, its state saved; the message says how to continue."""
+
+    def __init__(self, run, step, steps):
+        advice = "the same command continues" if run.go_on else (
+            "continue with the same command and --resume "
+            f"(--dataset {run.cfg.dataset} --out {run.home} --resume)")
+        super().__init__(f"stopped at step {step} of {steps} and saved; {advice}")
+
+
+class Run:
+    """The folder of one run, and everything about the run except the training.
+
+    Used as `with Run(cfg, given) as run`, which locks the folder. `given` names the settings that
+    were given on the command line. With `go_on`, an unfinished run of the same settings continues
+    without --resume; study.ablation needs this. Raises UserError if the settings contradict what
+    is saved in the folder.
+    """
+
+    def __init__(self, cfg, given=(), go_on=False):
+        self.folder = self.home = run_dir(cfg)
+        self.go_on = go_on
+        if go_on:
+            cfg = self.continued(cfg)
+        elif cfg.resume:
+            cfg = self.resumed(cfg, given)
+        elif cfg.teacher_checkpoint:
+            other = checkpoint.load(cfg.teacher_checkpoint, "teacher", mmap=True)
+            cfg = checkpoint.same_architecture(cfg, given, checkpoint.config_of(other),
+                                               cfg.teacher_checkpoint)
+        if cfg.num_classes:
+            raise UserError("--num-classes needs labels, which no data set here has yet; leave it "
+                            "out")
+        self.cfg, self.shape = cfg, data.sample_shape(cfg)
+        check_network(cfg, self.shape)             # before anything is encoded or trained
+        self.device = machine.choose_device(cfg)
+        machine.start(self.device)
+
+    def __enter__(self):
+        self.stack = ExitStack()
+        if FIRST:
+            try:
+                self.stack.enter_context(checkpoint.locked(
+                    self.folder / ".lock", f"is training in {self.folder}"))
+            except OSError as e:
+                raise UserError(f"cannot write to the folder {self.folder} ({e.strerror}); "
+                                "choose another with --out") from e
+        return self
+
+    def __exit__(self, *exception):
+        self.stack.close()
+
+    def path(self, kind):
+        """The path of teacher.pt or student.pt."""
+        return self.folder / f"{kind}.pt"
+
+    def resume_file(self, kind):
+        """The path of the state that a teacher or student continues from."""
+        return self.folder / f"{kind}_resume.pt"
+
+    def logfile(self, kind):
+        return self.folder / ("log.csv" if kind == "student" else "teacher_log.csv")
+
+    def stage(self, name, **changes):
+        """A run inside this one, in a folder of its own, that starts from this run's teacher."""
+        cfg = replace(self.cfg, out=str(self.folder / name), resume=False,
+                      teacher_checkpoint=str(self.path("teacher")), **changes)
+        stage = Run(cfg, go_on=not cfg.overwrite)
+        stage.home = self.folder                   # to continue, this run is started again
+        return stage
+
+    @cached_property
+    def dataset(self):
+        return data.load(self.cfg, self.device)
+
+    @cached_property
+    def data_key(self):
+        return data.key(self.cfg)
+
+    # ------------------------------------------------------------------ which settings are in force
+
+    def resumed(self, cfg, given):
+        """The saved settings of the run that --resume continues.
+
+        Flags about the machine, the folders or the length may change; any other that differs is a
+        UserError.
+        """
+        if cfg.overwrite:
+            raise UserError("--resume continues a run and --overwrite starts anew; leave one out")
+        kinds = [kind for kind in ("student", "teacher") if self.resume_file(kind).exists()]
+        if not kinds:
+            raise UserError(f"there is nothing to resume in {self.folder}; leave --resume out to "
+                            "start")
+        file = self.resume_file(kinds[0])
+        if "teacher_checkpoint" in given and kinds[0] == "student":
+            raise UserError(f"{file} continues with the teacher that it started from; leave "
+                            "--teacher-checkpoint out")
+        saved = checkpoint.config_of(checkpoint.load(file, f"{kinds[0]} resume", mmap=True))
+        free = [*CIRCUMSTANCES]
+        if kinds[0] == "teacher":
+            free.append("teacher_steps")
+        if saved.method != "reflow-distill":       # its steps are divided between two stages
+            free.append("steps")
+        if clash := checkpoint.differences(cfg, saved, [n for n in given if n not in free]):
+            raise UserError(f"--resume continues with the settings saved in {file}; these differ: "
+                            f"{clash}; leave them out, or start anew with --overwrite or another "
+                            "--out")
+        changed = {name: getattr(cfg, name) for name in given if name in free}
+        return replace(saved, **{"overwrite": False, "out": cfg.out, **changed})
+
+    def continued(self, cfg):
+        """cfg, with resume set if the folder holds a state of this run but no result."""
+        for kind in ("student", "teacher"):
+            files = [p for p in (self.path(kind), self.resume_file(kind)) if p.exists()]
+            if files:
+                saved = checkpoint.config_of(checkpoint.load(files[0], mmap=True))
+                if clash := checkpoint.differences(cfg, saved, identity(cfg, kind)):
+                    raise UserError(f"{files[0]} was made with other settings: {clash}; remove its "
+                                    "folder to train it anew, or give the same flags")
+                return replace(cfg, resume=files == [self.resume_file(kind)])
+        return cfg
+
+    # -------------------------------------------------------------------- what may be overwritten
+
+    def finished(self):
+        """Whether this run is finished: student.pt has the same settings and data.
+
+        Raises UserError if the folder holds another run's student, or an unfinished one.
+        """
+        student, state, cfg = self.path("student"), self.resume_file("student"), self.cfg
+        if cfg.overwrite:
+            return False
+        if cfg.resume and state.exists():
+            step = checkpoint.load(state, "student resume", mmap=True)["step"]
+            if step > cfg.steps:
+                raise UserError(f"{state} is at step {step} already; choose --steps {step} or more")
+            return student.exists() and step == cfg.steps == checkpoint.load(
+                student, "student", mmap=True)["step"]
+        if not student.exists():
+            if state.exists():
+                step = checkpoint.load(state, "student resume", mmap=True)["step"]
+                raise UserError(f"{self.folder} holds an unfinished student at step {step}; {WAYS}")
+            return False
+        if cfg.resume:
+            raise UserError(f"{student} is finished, and there is no {state.name} to continue "
+                            "from; --overwrite starts anew, another --out keeps both")
+        if clash := self.clash(student, "student"):
+            raise UserError(f"{student} was trained with other {clash}; {WAYS}")
+        return True
+
+    def discard_older(self, *results):
+        """With --overwrite, removes an older student (and results): --resume would mix the runs.
+
+        This happens only when all has been checked and the training begins.
+        """
+        if FIRST and self.cfg.overwrite:
+            for file in (*results, self.path("student"), self.resume_file("student"),
+                         self.logfile("student"), *self.folder.glob("pairs-*.npy")):
+                file.unlink(missing_ok=True)
+
+    def clash(self, path, kind):
+        """What differs between this run and a checkpoint: settings or data, in words; or ""."""
+        content = checkpoint.load(path, kind, mmap=True)
+        names = identity(self.cfg, kind)
+        if differing := checkpoint.differences(self.cfg, checkpoint.config_of(content), names):
+            return f"settings: {differing}"
+        if content.get("data", self.data_key) != self.data_key:
+            return f"data: {content['data']} (these are {self.data_key})"
+        return ""
+
+    # ---------------------------------------------------------------------------- which teacher
+
+    def find_teacher(self):
+        """The path of the teacher that this run starts from, or None if it must be trained.
+
+        It is the one of --teacher-checkpoint, or else one of the same settings and data in the
+        run's folder or in runs/<dataset>. Raises UserError if another teacher is in the folder.
+        """
+        own, cfg = self.path("teacher"), self.cfg
+        if cfg.resume and own.exists() and self.resume_file("student").exists():
+            return own                             # the student has started from this one
+        if cfg.teacher_checkpoint:
+            return Path(cfg.teacher_checkpoint)
+        for path in dict.fromkeys([own, Path("runs") / cfg.dataset / "teacher.pt"]):
+            if not path.exists():
+                continue
+            clash = self.clash(path, "teacher")
+            if not clash:
+                return path
+            if path == own and not cfg.overwrite:
+                raise UserError(f"{own} was trained with other {clash}; distil from it by "
+                                f"--teacher-checkpoint {own}, replace it by --overwrite, or "
+                                "choose another --out")
+        unfinished = self.resume_file("teacher").exists() and not own.exists()
+        if unfinished and not (cfg.resume or cfg.overwrite):
+            raise UserError(f"{self.folder} holds an unfinished teacher; {WAYS}")
+        return None
+
+    def adopted(self, path):
+        """The path of the run's own copy of a teacher.pt: the folder can be moved or shared.
+
+        Raises UserError if the teacher does not fit the run.
+        """
+        own, cfg = self.path("teacher"), self.cfg
+        if own.exists() and own.resolve() == path.resolve():
+            return own
+        content = checkpoint.load(path, "teacher")
+        saved = checkpoint.config_of(content)
+        alike = saved.dataset == cfg.dataset or {saved.dataset, cfg.dataset} <= set(LATENT_SETS)
+        if tuple(content["shape"]) != self.shape or not alike:
+            raise UserError(f"{path} was trained on {saved.dataset}, samples of shape "
+                            f"{tuple(content['shape'])}, and does not fit {cfg.dataset}; "
+                            "name a teacher of this data set")
+        checkpoint.load_weights(velocity_network(cfg, self.shape), content["ema"], path)
+        if own.exists() and not (cfg.overwrite or cfg.resume):
+            older = checkpoint.config_of(checkpoint.load(own, "teacher", mmap=True))
+            if checkpoint.differences(older, saved, identity(cfg, "teacher")):
+                raise UserError(f"{own} is another teacher than {path}; --overwrite replaces it, "
+                                "another --out keeps both")
+        self.discard_older()
+        more = {name: content[name] for name in ("data", "seconds") if name in content}
+        checkpoint.save(own, "teacher", saved, content["shape"], content["step"],
+                        ema=content["ema"], **more)
+        return own
+
+    # --------------------------------------------------------------------------------- training
+
+    @contextmanager
+    def loop(self, kind, states, columns, first=0):
+        """The iterations of a teacher or student: `with run.loop(...) as steps: for step in steps`.
+
+        states holds the networks and optimisers by name ("ema" is shown in previews), columns the
+        logged terms; the loop calls `run.log(**terms)` in each iteration. Restores the states if
+        the run resumes, saves them now and every cfg.save_every iterations, draws previews, and
+        stops after the iteration in which Ctrl-C was pressed. `first` is the first iteration.
+        """
+        cfg = self.cfg
+        steps = cfg.steps if kind == "student" else cfg.teacher_steps
+        size = cfg.batch_size if kind == "student" else cfg.teacher_batch_size
+        states = {name: machine.unwrap(part) for name, part in states.items()}
+        start, seconds = self.restored(kind, states)
+        start, self.begun = max(start, first), time.perf_counter() - seconds
+
+        with Interrupt() as interrupt, Log(self.logfile(kind), columns, cfg.log_every, start,
+                                           steps, size, kind) as log:
+            self.log = log.add
+
+            def iterations():
+                for done in range(start + 1, steps + 1):
+                    yield done - 1
+                    stop = interrupt.now(self.device)
+                    if done % cfg.save_every == 0 or done == steps or stop:
+                        log.fetch()                # so a loss that is not finite is never saved
+                        self.save(kind, states, done)
+                    if stop and done < steps:
+                        raise Interrupted(self, done, steps)
+                    if done % cfg.preview_every == 0:
+                        self.preview(kind, states["ema"], done)
+
+            self.save(kind, states, start)
+            yield iterations()
+
+    def restored(self, kind, states):
+        """(step, seconds so far) of a run that resumes, its states restored; else (0, 0.0)."""
+        path = self.resume_file(kind)
+        if not (self.cfg.resume and path.exists()):
+            if kind == "teacher":
+                self.discard_older(self.path("teacher"))
+            if FIRST:
+                self.logfile(kind).unlink(missing_ok=True)   # of an older run
+            return 0, 0.0
+        content = checkpoint.load(path, f"{kind} resume", self.device)
+        if content.get("data", self.dataset.key) != self.dataset.key:
+            raise UserError(f"{path} was trained on other data: {content['data']} (these are "
+                            f"{self.dataset.key}); name the same data, or another --out")
+        for name, part in states.items():
+            checkpoint.load_state(part, content[name], path)
+        return content["step"], content.get("seconds", 0.0)
+
+    def save(self, kind, states, step):
+        checkpoint.save(self.resume_file(kind), f"{kind} resume", self.cfg, self.shape, step,
+                        data=self.dataset.key, seconds=time.perf_counter() - self.begun,
+                        **{name: part.state_dict() for name, part in states.items()})
+
+    def preview(self, kind, ema, step):
+        if FIRST:
+            name, nfes = ("", (1, 4)) if kind == "student" else ("teacher_", (4, 16))
+            sample.strips(self.folder / f"{name}preview_{step:06d}.png", [(kind, ema, None)],
+                          self.shape, nfes, device=self.device, decode=self.dataset.decode,
+                          title=f"the {kind}'s EMA after {step} iterations")
+
+    def finish(self, kind, ema):
+        """Writes teacher.pt or student.pt and the pictures; returns its path."""
+        steps = self.cfg.steps if kind == "student" else self.cfg.teacher_steps
+        if FIRST:                                  # or a kill would leave an older run's pictures
+            for picture in self.picture_paths(kind):
+                picture.unlink(missing_ok=True)
+        checkpoint.save(self.path(kind), kind, self.cfg, self.shape, steps, ema=ema.state_dict(),
+                        data=self.dataset.key, seconds=time.perf_counter() - self.begun)
+        self.pictures(kind)
+        return self.path(kind)
+
+    def picture_paths(self, kind):
+        if kind == "student":
+            return self.folder / "losses.png", self.folder / "samples.png"
+        return (self.folder / "teacher_losses.png",)
+
+    def pictures(self, kind):
+        """Draws the loss curves, and the samples of a student, if they are missing."""
+        losses, *samples = self.picture_paths(kind)
+        if FIRST and not losses.exists():
+            rows = read_rows(self.logfile(kind))
+            title = self.cfg.method if kind == "student" else "teacher"
+            pictures.losses(losses, curves(rows), f"{title} on {self.cfg.dataset}")
+        if samples and not samples[0].exists():
+            self.strips(samples[0], self.dataset)
+        return [path for path in (*samples, losses) if path.exists()]
+
+    def strips(self, path, dataset):
+        """Teacher, student and data over NFE (Figure 5)."""
+        if not FIRST:
+            return
+        points = len(self.shape) == 1
+        few, many = ((1, 2, 4, 8, 16),) * 2 if points else ((1, 2, 4, 8), (1, 2, 4, 8, 50))
+        settings = {name: getattr(self.cfg, name) for name in MACHINE}
+        networks = [(kind, open_network(self.path(kind), **settings)[0], nfes)
+                    for kind, nfes in (("teacher", many), ("student", few))]
+        shown = min(4000 if points else 10, dataset.size or 4000)
+        draws = data.Draws(self.cfg.seed, stream=1, device=self.device, rank=0, world=1)
+        sample.strips(path, networks, self.shape, few, device=self.device, decode=dataset.decode,
+                      data=dataset.batch(shown, draws)[0].cpu())

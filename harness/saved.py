@@ -1,0 +1,112 @@
+"""What runs leave behind, opened for sampling; and files of raw samples."""
+
+import math
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from config import LATENT_SETS, MACHINE, POINT_SETS, Config
+from harness import UserError, checkpoint, machine
+from harness.pictures import to_uint8
+from model import copy_of, velocity_network
+
+
+def same(z0):
+    """The decoder of points and images, which need none."""
+    return z0
+
+
+def find_student(dataset=None):
+    """The newest student.pt in runs/ (of one data set, if named), else the newest resume state.
+
+    Files that cannot be read are passed over. Raises UserError if there is none.
+    """
+    for name in ("student.pt", "student_resume.pt"):
+        found = sorted(Path("runs").glob(f"**/{name}"), key=lambda p: p.stat().st_mtime)
+        for file in reversed(found):
+            if "ablation" in file.parts or file.parent.name == "reflow":
+                continue                           # a cell of a table, a stage of reflow-distill
+            try:
+                content = checkpoint.load(file, ("student", "student resume"), mmap=True)
+            except UserError:
+                continue
+            if dataset in (None, content["config"]["dataset"]):
+                return file
+    of, flag = (f" of {dataset}", f" --dataset {dataset}") if dataset else ("", "")
+    raise UserError(f"there is no student{of} in runs/; train one with: python train.py{flag}, "
+                    "or name one by --checkpoint")
+
+
+def open_network(file, **given):
+    """(network, checkpoint, cfg) of a teacher.pt, student.pt or resume state; its EMA is used.
+
+    cfg are the settings of the checkpoint. Those of the machine come from `given` instead, or are
+    the defaults; `given` may also hold vae_weights and data_dir.
+    """
+    content = checkpoint.load(file, ("teacher", "student", "teacher resume", "student resume"))
+    here = {name: getattr(Config, name) for name in (*MACHINE, "compile", "grad_accum")}
+    cfg = checkpoint.config_of(content, **here | given)
+    device = machine.choose_device(cfg)
+    network = velocity_network(cfg, content["shape"])
+    checkpoint.load_weights(network, content["ema"], file)
+    return machine.prepare(copy_of(network), cfg, device), content, cfg
+
+
+def open_decoder(cfg):
+    """z0 -> images for the samples of a run: `same`, or the decoder of its autoencoder."""
+    if cfg.dataset not in LATENT_SETS:
+        return same
+    import latents                                 # not above: points need no torchvision
+    import vae
+    return latents.Codec(vae.load(cfg.vae, cfg.vae_weights), cfg, machine.choose_device(cfg)).decode
+
+
+def at_a_time(dataset):
+    """Default batch size of sampling: large for points, small for latents, whose decoder needs
+    memory."""
+    return 64 if dataset in LATENT_SETS else 1000 if dataset in POINT_SETS else 500
+
+
+# ------------------------------------------------------------------------------- raw samples
+
+
+def save_npz(file, batches, n, shape):
+    """Raw samples as ADM writes them, `arr_0`: images uint8 (n, H, W, C), points float32 (n, 2).
+
+    `batches` yields (start, float32 samples, images (b, C, H, W) in [-1, 1]). They go to the disk
+    one after the other, so that memory does not grow with n; each process writes its own. Raises
+    UserError if the disk is too full.
+    """
+    images = len(shape) == 3
+    rows = (n, *shape[1:], shape[0]) if images else (n, *shape)
+    part = file.with_name(file.name + ".part")
+    try:
+        if machine.FIRST:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            checkpoint.no_room(file.parent, 2 * math.prod(rows) * (1 if images else 4), str(file),
+                               "name another file")
+            np.lib.format.open_memmap(part, "w+", np.uint8 if images else np.float32, rows)
+        machine.wait()
+        array = np.lib.format.open_memmap(part, "r+")
+        for start, z in batches:
+            array[start : start + len(z)] = to_uint8(z).permute(0, 2, 3, 1) if images else z
+        array.flush()
+        machine.wait()
+        if machine.FIRST:
+            with checkpoint.replacing(file) as target, zipfile.ZipFile(target, "w") as archive:
+                archive.write(part, "arr_0.npy")   # an .npz is a .zip of .npy files
+    finally:
+        if machine.FIRST and part.is_file():
+            part.unlink()
+
+
+def npz_name(name):
+    """The path of an .npz; UserError for another suffix, or if the file is no .npz."""
+    file = Path(name)
+    if file.suffix != ".npz" or file.is_dir():
+        raise UserError(f"--npz {name!r} is not the name of an .npz file; name one, as samples.npz")
+    if file.exists() and not zipfile.is_zipfile(file):
+        raise UserError(f"{file} exists and is not an .npz file, so it is not overwritten; name "
+                        "another")
+    return file

@@ -1,0 +1,1 @@
+"""What SCFlow is compared with, and how. Scripts run as `python -m study.ablation losses`."""

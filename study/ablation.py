@@ -1,0 +1,207 @@
+"""The paper's tables as grids of runs: `python -m study.ablation losses`.
+
+    losses   as Table 4: CD, + GAN and truncation, + RF, + BI; draws Figure 6
+    weights  in the manner of Table 5: the weights of the losses, one changed at a time
+    times    in the manner of Table 6: t_trunc, t_skip and mu, one changed at a time
+    methods  as Table 3: SCFlow and the baselines, all with the same compute
+
+Each cell is a run in runs/ablation/<dataset>/ with its measurements. Finished cells are kept,
+stopped ones continue, and tables share the runs that they have in common.
+"""
+
+import json
+from dataclasses import fields, replace
+from pathlib import Path
+
+import data
+import evaluate
+import sample
+import teacher
+import train
+from config import DATASETS, Config, make_config, words
+from harness import UserError
+from harness.checkpoint import write_text
+from harness.log import Diverged
+from harness.run import Run
+from harness.script import given_flags, make_parser, run_script
+from study import baselines
+
+ROOT = Path("runs/ablation")
+TABLES = {"losses": "Table 4, the losses one after the other", "weights": "weights of the losses",
+          "times": "times and averages", "methods": "Table 3, methods with the same compute"}
+# settings that the table itself chooses; all others are flags
+CHOSEN = ("dataset", "out", "seed", "resume", "overwrite", "download", "method", "losses",
+          "teacher_checkpoint")
+
+
+def cells(kind, default):
+    """{label: the settings that differ from the data set's own}, in the order of the table."""
+    if kind == "losses":
+        return {"CD": dict(losses=("cd",), t_trunc=0.0),
+                "+ GAN, truncation": dict(losses=("cd", "gan")),
+                "+ RF": dict(losses=("cd", "gan", "rf")), "+ BI (all)": {}}
+    if kind == "methods":
+        return {"SCFlow": {}, "cd": dict(method="cd", t_trunc=0.0),
+                **{m: dict(method=m) for m in baselines.STEPS}}
+    table = {"default": {}}
+    if kind == "times":
+        values = {"t_trunc": (0.0, 0.1, 0.2, 0.4, 0.6), "t_skip": (0.02, 0.05, 0.1, 0.2),
+                  "mu": (0.0, 0.5, 0.9, 0.99)}
+    else:
+        table["0.1, 0.1, 0.1 (paper)"] = dict(l_gan=0.1, l_rf=0.1, l_bi=0.1)
+        values = {name: [float(f"{getattr(default, name) * f:.3g}") for f in (0, 1 / 3, 1, 3)]
+                  for name in ("l_gan", "l_rf", "l_bi")}
+    return table | {f"{name} = {value:g}": {name: value} for name, some in values.items()
+                    for value in some if value != getattr(default, name)}
+
+
+def folder_name(settings):
+    """A folder's name for the settings of a cell."""
+    if "losses" in settings or "method" in settings:
+        settings = {k: v for k, v in settings.items() if k != "t_trunc"}
+    return "-".join(f"{k}-{words(v).replace(' ', '-')}" for k, v in settings.items()) or "scflow"
+
+
+# ------------------------------------------------------------------------------- equal compute
+
+
+def passes(cfg, step):
+    """The compute of iteration `step`, in forward passes of one batch through the network.
+
+    A backward pass counts 2 if it reaches the weights, and 1 if it only reaches the inputs. The
+    discriminator, a smaller network, is not counted; FGM's online flow, a full one, is.
+    """
+    learn, frozen = 3, 2                           # forward and backward, with and without weights
+    if cfg.method in ("reflow", "reflow-distill"):
+        return learn
+    if cfg.method == "fgm":                        # generate, step the online flow; then theta
+        return baselines.FAKE_STEPS * (1 + learn) + learn + 2 * frozen
+    use = train.losses_in_use(cfg, step)
+    predictions = 1 + bool(use & {"gan", "rf"}) + ("rf" in use)    # f(zt, t), f(z1, 1), f(zr, t)
+    return 1 + (1 + ("bi" in use)) + learn * predictions           # teacher, theta~, theta
+
+
+def for_pairs(cfg):
+    """The compute of making the pairs, in the same units; reflow-distill makes them twice."""
+    times = {"reflow": 1, "reflow-distill": 2}.get(cfg.method, 0)
+    return times * cfg.pairs * cfg.pair_steps / cfg.batch_size
+
+
+def compute(cfg):
+    """The compute of a whole run, in the same units."""
+    return for_pairs(cfg) + sum(passes(cfg, step) for step in range(cfg.steps))
+
+
+def equal_compute(cfg, budget):
+    """A baseline's settings with as many iterations as `budget` pays for; UserError below 100."""
+    steps = int((budget - for_pairs(cfg)) / passes(cfg, 0))
+    if steps < 100:
+        raise UserError(f"{cfg.method} would have fewer than 100 iterations in the {budget:,.0f} "
+                        f"network passes of SCFlow's run, of which making pairs takes "
+                        f"{for_pairs(cfg):,.0f}; choose more --steps, or fewer --pairs or "
+                        "--pair-steps")
+    return replace(cfg, steps=steps)
+
+
+def costs(trained):
+    """A table of what every cell's training took; trained: {label: [(Config, seconds), ...]}."""
+    lines = [["run", "iterations", "passes per iteration", "passes in all", "seconds"]]
+    for label, runs in trained.items():
+        cfg, seconds = runs[0][0], " ".join(f"{seconds:,.0f}" for _, seconds in runs if seconds)
+        each = (compute(cfg) - for_pairs(cfg)) / cfg.steps
+        lines.append([label, f"{cfg.steps:,}", f"{each:.3g}", f"{compute(cfg):,.0f}", seconds])
+    return ("compute in network passes of one batch, pairs included, the discriminator apart\n\n"
+            + evaluate.markdown(lines))
+
+
+# ------------------------------------------------------------------------------------- one table
+
+
+def runs(kind, dataset, seeds, given, diverged):
+    """Trains what is missing; yields (label, seed, path of a teacher.pt or student.pt) in turn.
+
+    Appends a sentence to `diverged` for each cell whose loss became nan.
+    """
+    root, default = ROOT / dataset, make_config(dataset, **given)
+    for seed in seeds:
+        cfg = make_config(dataset, **given, seed=seed, out=str(root / f"teacher-{seed}"))
+        with Run(cfg, go_on=True) as run:
+            phi = teacher.find_or_train(run)
+        yield "teacher", seed, phi
+
+        for label, settings in cells(kind, default).items():
+            cfg = make_config(dataset, **given | settings, seed=seed, teacher_checkpoint=str(phi),
+                              out=str(root / f"{folder_name(settings)}-{seed}"))
+            if kind == "methods" and cfg.method != "scflow":
+                cfg = equal_compute(cfg, compute(default))
+            print(f"\n{cfg.out}")
+            try:
+                with Run(cfg, go_on=True) as run:
+                    path = train.train(run)
+            except Diverged as e:
+                diverged.append(f"{label}, seed {seed}: {str(e).split(',')[0]}")
+            else:
+                yield label, seed, path
+
+
+def measured(path, label, nfes, network, reference, settings, seed):
+    """The rows of evaluate.measure for a checkpoint, kept in a file beside it."""
+    file = path.with_name(f"{path.stem}-measured.json")
+    key = dict(nfes=nfes, n=settings["n"], solver=settings["solver"], seed=seed,
+               metric=reference.name, data=f"{reference.data.double().sum().item():.6g}")
+    if file.exists() and file.stat().st_mtime >= path.stat().st_mtime:
+        try:
+            content = json.loads(file.read_text())
+            if content["key"] == key:
+                return [{"network": label, "nfe": nfe, "seed": seed,
+                         **{name: float(row[name]) for name in evaluate.MEASURES}}
+                        for nfe, row in zip(nfes, content["rows"], strict=True)]
+        except (ValueError, KeyError, TypeError):  # damaged: they are measured again
+            pass
+    rows = evaluate.measure(label, network, nfes, reference, seed=seed, **settings)
+    write_text(file, json.dumps({"key": key, "rows": rows}, indent=1, allow_nan=False))
+    return rows
+
+
+def make_table(args, given):
+    """Trains and measures the cells of a table, prints it, and draws Figure 6 for the losses."""
+    default, root = make_config(args.dataset, **given), ROOT / args.dataset
+    shape, machine = data.sample_shape(default), given_flags(args, evaluate.OPENING)
+    rows, trained, pictures, diverged, reference = [], {}, [], [], None
+
+    seeds = range(args.seed, args.seed + args.seeds)
+    for label, seed, path in runs(args.kind, args.dataset, seeds, given, diverged):
+        network, content, cfg = sample.open_network(path, **machine)
+        if reference is None:
+            reference, settings, teacher_nfes = evaluate.prepare(args, default, shape, network)
+        nfes = teacher_nfes if label == "teacher" else args.nfe
+        rows += measured(path, label, nfes, network, reference, settings, args.seed)
+        if label != "teacher":
+            trained.setdefault(label, []).append((cfg, content.get("seconds", 0)))
+        if seed == args.seed and args.kind == "losses":
+            pictures.append((label, network, (1, 4)))
+
+    text = evaluate.report(args.dataset, reference, rows, args.solver)
+    evaluate.write(args.out or root / args.kind, args.dataset, reference, rows,
+                   "\n\n".join([f"{TABLES[args.kind]}: {text}", costs(trained), *diverged]),
+                   ablation=args.kind, seeds=args.seeds, solver=args.solver, diverged=diverged)
+    if pictures:
+        picture = sample.strips(root / "figure6.png", pictures, shape, (1, 4), args.seed,
+                                settings["device"], columns=8, decode=settings["decode"],
+                                across=len(shape) == 1,
+                                title=f"{args.dataset}: the losses one after the other (Figure 6)")
+        print(f"wrote {picture}")
+
+
+def main(argv=None):
+    parser = make_parser(__doc__)
+    parser.add_argument("kind", choices=tuple(TABLES), help="which table")
+    parser.add_argument("--dataset", choices=DATASETS, default=Config.dataset, help="[%(default)s]")
+    names = [f.name for f in fields(Config) if f.name not in CHOSEN]
+    args = evaluate.parse(parser, argv, names, "train each cell with so many seeds; the table "
+                          "shows medians and half the range [1]", "runs/ablation/DATASET/KIND")
+    make_table(args, given_flags(args, names))
+
+
+if __name__ == "__main__":
+    run_script(main)

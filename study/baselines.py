@@ -1,0 +1,163 @@
+"""What SCFlow is compared with (the paper's Table 3, and FGM): `python train.py --method reflow`.
+
+    cd              plain consistency distillation: L_CD alone, not truncated (no code of its own)
+    reflow          2-RF: Eq. 1 once more, on pairs that the teacher made
+    reflow-distill  2-RF, then one-step regression on pairs that 2-RF made
+    fgm             flow generator matching: one step, no data, an online flow beside the teacher
+
+Each step takes the arguments of scflow_step in train.py, and replaces it. Student, teacher,
+learning rates and averages are the same. FGM's authors state no learning rates that we could
+obtain; RealUID's run of FGM has 3e-5, betas 0 and 0.999, and gradients clipped at 1.
+"""
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from harness import UserError, checkpoint, machine
+from harness.saved import at_a_time
+from losses import flow_matching_loss, interpolate, z0_prediction
+from model import ema_update
+from sample import draw, noise
+
+PAIRS_SEED = 1_000_003             # the noise of pairs differs from that of any evaluation
+FAKE_STEPS = 5                     # online-flow updates per generator update, as in RealUID
+
+
+def learn(net, cfg, loss):
+    """Steps theta by the gradient of loss, then its average; returns the gradient's norm."""
+    theta = list(net.student.parameters())
+    loss.backward(inputs=theta)
+    grad_norm = torch.nn.utils.get_total_norm([p.grad for p in theta])
+    net.opt.step()
+    net.opt.zero_grad()
+    ema_update(net.ema, net.student, cfg.ema)
+    return grad_norm
+
+
+# ------------------------------------------------------------------------------ reflow, distill
+
+
+def reflow_step(net, batch, step, cfg, draws):
+    """2-RF (Liu et al., 2022): || z1 - z0 - v(zt, t) ||^2 for pairs (z0, z1) of the teacher.
+
+    The teacher's paths never cross, so the straight lines between such pairs cross less often. The
+    velocity field that is learnt is straighter, and Euler needs fewer steps.
+    """
+    z0, z1, y = batch
+    t = draws.uniform(len(z0))
+    loss = flow_matching_loss(net.student(interpolate(z0, z1, t), t, y), z0, z1)
+    return {"fm": loss, "grad_norm": learn(net, cfg, loss)}
+
+
+def distill_step(net, batch, step, cfg, draws):
+    """One-step regression: || z0 - f(z1, 1) ||^2 on pairs (z0, z1) of 2-RF, only at t = 1."""
+    z0, z1, y = batch
+    x1 = z0_prediction(net.student, z1, torch.ones(len(z1), device=z1.device), y)
+    loss = F.mse_loss(x1, z0)
+    return {"onestep": loss, "grad_norm": learn(net, cfg, loss)}
+
+
+class Pairs:
+    """Pairs (z0, z1): noise z1, and the point z0 to which Euler steps of a network carry it.
+
+    cfg.pairs pairs, float32, by cfg.pair_steps steps; z0 is kept in a file of `folder`. Rows that
+    are not made yet are NaN, so an interrupted run can continue; each process makes its own slice.
+    Raises UserError if the disk is too full or the file is damaged.
+    """
+
+    def __init__(self, folder, network, dataset, cfg, seed, device):
+        self.size, self.key, self.decode = cfg.pairs, dataset.key, dataset.decode
+        self.shape, self.device = dataset.shape, device
+        file = folder / f"pairs-{cfg.pairs}-{cfg.pair_steps}-{seed}.npy"
+        try:
+            self.make(file, network, cfg, seed, at_a_time(cfg.dataset))
+            self.z0 = torch.from_numpy(np.load(file))
+        except ValueError as e:
+            raise UserError(f"the pairs {file} are damaged ({e}); remove the file") from e
+        except KeyboardInterrupt as e:
+            raise KeyboardInterrupt("stopped while pairs were made; the same command continues"
+                                    ) from e
+        self.z1 = noise(self.shape, self.size, seed)
+
+    def make(self, file, network, cfg, seed, batch):
+        whole = (self.size, *self.shape)
+        if machine.FIRST and not file.exists():
+            checkpoint.no_room(file.parent, 4 * math.prod(whole), str(file), "choose fewer --pairs")
+            part = file.with_name(file.name + ".part")
+            rows = np.lib.format.open_memmap(part, "w+", np.float32, whole)
+            rows[:] = np.nan
+            rows.flush()
+            part.replace(file)
+        machine.wait()
+        rows = np.lib.format.open_memmap(file, "r+")
+        if rows.shape != whole:
+            raise ValueError(f"it holds {rows.shape}, not {whole}")
+
+        each = -(-self.size // machine.WORLD)
+        mine = range(machine.RANK * each, min((machine.RANK + 1) * each, self.size))
+        for i in tqdm(mine[::batch], desc=f"pairs by {cfg.pair_steps} steps", unit="batch",
+                      disable=not machine.FIRST):
+            n = min(batch, mine.stop - i)
+            if np.isnan(rows[i : i + n]).any():
+                rows[i : i + n] = draw(network, self.shape, n, cfg.pair_steps, seed, batch=batch,
+                                       device=self.device, first=i)
+        rows.flush()
+        machine.wait()
+
+    def batch(self, n, draws):
+        """n pairs: z0 and z1, both float32 (n, *shape), and y, None."""
+        i = draws.integers(self.size, n, device="cpu")
+        return self.z0[i].to(self.device), self.z1[i].to(self.device), None
+
+
+# ------------------------------------------------------------------------------------------ FGM
+
+
+def fgm_loss(u, v, c, alpha=1.0):
+    """-2 alpha || u - v ||^2 + 2 <u - v, u - c>: the generator's side of flow generator matching.
+
+    u, v are the velocities of teacher and online flow at the generator's own zt, c = z1 - z0, all
+    (B, ...); gradients flow through zt and c. Mean over all elements. alpha = 0.5 is L1 + L2 of
+    Huang et al. (arXiv 2410.19310), which RealUID (arXiv 2509.22459) measured; alpha = 1 is L2
+    alone, the paper's practice as others report it. Rebuilt from RealUID and public reviews.
+    """
+    return 2 * ((u - v) * (u - c) - alpha * (u - v).square()).mean()
+
+
+def fgm_step(net, batch, step, cfg, draws):
+    """FGM: steps the online flow FAKE_STEPS times, then the generator f(z1, 1) once.
+
+    The online flow learns the velocity of the generator's samples by Eq. 1. It takes the place of
+    the discriminator, `net.disc`, and its optimiser. z0 gives only the shape; no data are used.
+    """
+    z0, y = batch
+
+    def generate():
+        z1 = draws.normal(*z0.shape)
+        return z0_prediction(net.student, z1, torch.ones(len(z0), device=z1.device), y)
+
+    # fresh noise: with the generator's own z1 training collapses
+    def noised(x):
+        z1, t = draws.normal(*z0.shape), draws.uniform(len(z0))
+        return interpolate(x, z1, t), t, z1 - x
+
+    for _ in range(FAKE_STEPS):
+        with torch.no_grad():
+            zt, t, c = noised(generate())
+        loss = F.mse_loss(net.disc(zt, t, y), c)
+        loss.backward()
+        net.opt_disc.step()
+        net.opt_disc.zero_grad()
+
+    zt, t, c = noised(generate())
+    fgm = fgm_loss(net.teacher(zt, t, y), net.disc(zt, t, y), c)
+    return {"fake": loss, "fgm": fgm, "grad_norm": learn(net, cfg, fgm)}
+
+
+STEPS = {"reflow": (reflow_step, ("fm", "grad_norm")),          # one iteration, and what it logs
+         "reflow-distill": (distill_step, ("onestep", "grad_norm")),
+         "fgm": (fgm_step, ("fake", "fgm", "grad_norm"))}
