@@ -19,6 +19,7 @@ LATENT_SETS = ("celebahq", "folder")                   # images that an autoenco
 DATASETS = (*POINT_SETS, "mnist", *LATENT_SETS)
 LATENT_DOWNSAMPLING = 8                                # 8 x 8 pixels become one latent position
 LATENT_CHANNELS = {"sd": 4, "taesd": 4, "taef2": 32}
+CLASSES = {"8gaussians": 8, "mnist": 10}               # a folder's classes are its sub-folders
 
 
 @dataclass(frozen=True)
@@ -60,13 +61,15 @@ class Config:
     heads: int = 4                  # UNet: attention heads
     time_scale: float = 10.0        # t is multiplied by this before its sinusoidal features
     patch_size: int = 1             # UNet: p x p pixels are folded into channels first
-    num_classes: int = 0            # classes of a conditional network; 0 means unconditional
+    condition: Literal["none", "class"] = "none"  # class: digits, 8gaussians' modes, sub-folders
+    num_classes: int = 0            # follows from --condition and the data; not a flag to give
 
     # -- teacher: flow matching (Eq. 1)
     teacher_steps: int = 4000       # iterations of pretraining
     teacher_lr: float = 4e-3        # AdamW learning rate
     teacher_batch_size: int = 512   # samples per iteration
     teacher_ema: float = 0.995      # decay of the weights' average, which is the teacher
+    p_null: float = 0.1             # share of conditions replaced by the null condition (Eq. 2)
     lr_final: float = 0.0           # all rates fall along a cosine to this fraction; 1 is constant
     lr_warmup: int = 100            # iterations in which all rates rise from zero
 
@@ -80,6 +83,7 @@ class Config:
     betas: tuple[float, ...] = (0.9, 0.999)  # AdamW's two betas for the student
     disc_betas: tuple[float, ...] = (0.0, 0.99)  # AdamW's two betas for the discriminator
     disc_channels: int = 128        # width of the discriminator
+    guidance: float = 1.0           # w of the guided teacher (Eq. 3); 1 is off
     t_trunc: float = 0.1            # truncation time of CD (Eq. 8); 0: plain CD, as without GAN
     t_skip: float = 0.1             # longest step of the teacher (Algorithm 2)
     truncation: Literal["landing", "current"] = "landing"  # t_trunc is compared with t_lo, or t
@@ -220,6 +224,7 @@ def make_config(dataset=Config.dataset, **given):
         raise UserError("--download is for celebahq alone; leave it out")
     if "gan" not in cfg.losses and "t_trunc" not in given:
         cfg = replace(cfg, t_trunc=0.0)
+    cfg = with_classes(cfg, given)
     if dataset in LATENT_SETS:                         # so that a checkpoint works from any folder
         data_dir = str(Path(cfg.data_dir).absolute()) if cfg.data_dir else ""
         files = tuple(str(Path(f).absolute()) for f in cfg.vae_weights)
@@ -228,11 +233,29 @@ def make_config(dataset=Config.dataset, **given):
     return cfg
 
 
+def with_classes(cfg, given):
+    """cfg with the number of classes; UserError if condition and guidance do not fit the data."""
+    if "num_classes" in given:
+        raise UserError("the number of classes follows from --condition class and the data; leave "
+                        "--num-classes out")
+    if cfg.condition == "none":
+        if cfg.guidance != 1:
+            raise UserError(f"--guidance {cfg.guidance} needs a condition; add --condition class")
+        return cfg
+    if cfg.dataset not in CLASSES and cfg.dataset != "folder":
+        raise UserError(f"--condition class needs classes, and {cfg.dataset} has none; "
+                        f"{', '.join(CLASSES)} and folder have")
+    if cfg.guidance != 1 and cfg.p_null == 0:
+        raise UserError(f"--guidance {cfg.guidance} needs a teacher that knows the null condition; "
+                        "with --p-null 0 it never sees it")
+    return replace(cfg, num_classes=CLASSES.get(cfg.dataset, 0))
+
+
 AT_LEAST_1 = ("channels", "blocks", "heads", "patch_size", "disc_channels", "teacher_steps",
               "teacher_batch_size", "steps", "batch_size", "grad_accum", "image_size", "log_every",
               "save_every", "preview_every", "pairs", "pair_steps")
 POSITIVE = ("teacher_lr", "lr", "disc_lr", "time_scale", "t_skip", "huber_c")
-AT_MOST_1 = ("t_trunc", "t_skip", "lr_final")
+AT_MOST_1 = ("t_trunc", "t_skip", "lr_final", "p_null")
 BELOW_1 = ("mu", "ema", "teacher_ema", "betas", "disc_betas")
 
 

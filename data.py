@@ -8,6 +8,7 @@ MNIST: z0 itself).
 
 import math
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -63,11 +64,18 @@ class Draws:
 # ------------------------------------------------------------------------------------- points
 
 def sample_points(name, n, generator=None):
-    """n points of a 2D density, float32 (n, 2), on the generator's device.
+    """n points of a 2D density, float32 (n, 2); see labelled_points."""
+    return labelled_points(name, n, generator)[0]
 
-    Each density has mean 0, and variance 1 averaged over both coordinates, both in closed form.
-    Raises UserError if there is no density of that name.
+
+def labelled_points(name, n, generator=None):
+    """n points of a 2D density, float32 (n, 2), on the generator's device, and their classes.
+
+    Only 8gaussians has classes, its modes, int64 (n,); for the others they are None. Each density
+    has mean 0, and variance 1 averaged over both coordinates, both in closed form. Raises UserError
+    if there is no density of that name.
     """
+    y = None
     if name not in POINT_SETS:
         raise UserError(f"there is no 2D data set {name!r}; there are {', '.join(POINT_SETS)}")
     device = generator.device if generator is not None else None
@@ -79,7 +87,8 @@ def sample_points(name, n, generator=None):
         return torch.randn(n, 2, generator=generator, device=device)
 
     if name == "8gaussians":                       # centres at radius 2, every 45 degrees
-        angle = (uniform() * 8).floor() * (math.pi / 4)
+        y = (uniform() * 8).long()
+        angle = y * (math.pi / 4)
         x = 2 * torch.stack([angle.cos(), angle.sin()], dim=1) + 0.15 * normal()
         mean, variance = (0.0, 0.0), 2 + 0.15**2
     elif name == "moons":                          # two interleaved half circles
@@ -100,7 +109,7 @@ def sample_points(name, n, generator=None):
         x = (arm * angle)[:, None] * torch.stack([angle.cos(), angle.sin()], dim=1)
         x = x + 0.3 * normal()
         mean, variance = (0.0, 0.0), 9 * math.pi**2 / 4 + 0.3**2
-    return (x - torch.tensor(mean, device=x.device)) / math.sqrt(variance)
+    return (x - torch.tensor(mean, device=x.device)) / math.sqrt(variance), y
 
 
 class Points:
@@ -108,11 +117,16 @@ class Points:
 
     size, key, shape = None, "", (2,)
 
-    def __init__(self, name):
-        self.name = name
+    def __init__(self, name, classes=0):
+        self.name, self.classes = name, classes
 
     def batch(self, n, draws):
-        return draws.mine(sample_points(self.name, n * draws.world, draws.generator)), None
+        z0, y = labelled_points(self.name, n * draws.world, draws.generator)
+        return draws.mine(z0), draws.mine(y) if self.classes else None
+
+    def conditions(self, n, generator):
+        """Conditions of n samples that are still to be made, int64 (n,), or None."""
+        return torch.randint(self.classes, (n,), generator=generator) if self.classes else None
 
     def decode(self, z0):
         return z0
@@ -124,13 +138,21 @@ class Points:
 class Images:
     """Images in memory, uint8 (N, C, H, W); batches are float32 in [-1, 1]."""
 
-    def __init__(self, images, device="cpu"):
+    def __init__(self, images, device="cpu", labels=None):
         self.key = key_of(images)
         self.images = images.to(device)
+        self.labels = None if labels is None else labels.to(device)
         self.shape, self.size = tuple(images.shape[1:]), len(images)
 
     def batch(self, n, draws):
-        return from_uint8(self.images[draws.integers(self.size, n)]), None
+        i = draws.integers(self.size, n)
+        return from_uint8(self.images[i]), None if self.labels is None else self.labels[i]
+
+    def conditions(self, n, generator):
+        """Conditions of n samples that are still to be made, int64 (n,), or None."""
+        if self.labels is None:
+            return None
+        return self.labels.cpu()[torch.randint(self.size, (n,), generator=generator)]
 
     def decode(self, z0):
         return z0
@@ -176,9 +198,10 @@ def mnist(data_dir, train=True):
 def load(cfg, device="cpu", train=True):
     """The data set that the settings name; raises UserError if it is missing or damaged."""
     if cfg.dataset in POINT_SETS:
-        dataset = Points(cfg.dataset)
+        dataset = Points(cfg.dataset, cfg.num_classes)
     elif cfg.dataset == "mnist":
-        dataset = Images(mnist(cfg.data_dir, train)[0], device)
+        images, labels = mnist(cfg.data_dir, train)
+        dataset = Images(images, device, labels if cfg.condition == "class" else None)
     else:
         import latents                             # not above: points need no torchvision
         images = latents.open_images(cfg)
@@ -186,6 +209,16 @@ def load(cfg, device="cpu", train=True):
         dataset = latents.open_latents(cfg, device, images)
     check_batches(cfg, dataset.size)
     return dataset
+
+
+def with_classes(cfg):
+    """cfg with the number of classes that a folder of images has, if it is to be conditional."""
+    if cfg.condition == "none" or cfg.num_classes:
+        return cfg
+    import latents
+    names = latents.class_names(latents.open_images(cfg))
+    print("classes: " + ", ".join(f"{i} {latents.printable(name)}" for i, name in enumerate(names)))
+    return replace(cfg, num_classes=len(names))
 
 
 def check_batches(cfg, size):

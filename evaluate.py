@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import data
 import sample
-from config import DATASETS, LATENT_SETS, MACHINE, POINT_SETS, identity
+from config import CLASSES, DATASETS, LATENT_SETS, MACHINE, POINT_SETS, identity
 from harness import UserError
 from harness.checkpoint import differences, write_text
 from harness.pictures import from_uint8
@@ -149,16 +149,16 @@ class Reference:
     """The data that samples are compared with, as features.
 
     features: function that turns samples (n, ...) into features (n, d). data: the data's features.
-    std: the data's spread. name: the distance in words. floor: the score of held-out real data,
-    the best that samples can reach.
+    classes: function that tells the class of features, or None. std: the data's spread. name: the
+    distance in words. floor: the score of held-out real data, the best that samples can reach.
     """
 
     def __init__(self, cfg, n, spec=None, device="cpu"):
         self.points = cfg.dataset in POINT_SETS
         if self.points and spec is not None:
             raise UserError("--features is for images; points are compared as they are")
-        name, self.features = ("points", lambda z: z) if self.points else (
-            extractor(cfg, spec, device))
+        name, self.features, self.classes = ("points", lambda z: z, mode_of(cfg)) if (
+            self.points) else extractor(cfg, spec, device)
         generator = torch.Generator().manual_seed(20_000)
         batches, held_out, kind = real_data(cfg, n, generator)
         real, self.std = self.embedded(batches)
@@ -202,24 +202,37 @@ class Reference:
         return {"distance": distance, "precision": precision, "recall": recall}
 
 
+def mode_of(cfg):
+    """A function that tells the nearest mode of points of 8gaussians; None for other points."""
+    if cfg.dataset not in CLASSES:
+        return None
+    return lambda z: (torch.atan2(z[:, 1], z[:, 0]) / (math.pi / 4)).round().long() % 8
+
+
 # ---------------------------------------------------------------------------- measuring, tables
 
 
 def measure(name, network, nfes, reference, shape, n, seed=0, solver="euler", batch=500,
-            device="cpu", decode=sample.same):
+            device="cpu", decode=sample.same, y=None):
     """One row per NFE, in ascending order, a dict: network, nfe, seed, and the MEASURES.
+
+    A guided network makes two calls per step, so it takes nfe / 2 steps; odd NFEs are left out. y
+    are the conditions (n, ...), or None; with them a row has `accuracy`, the share of samples of
+    the class that was asked for.
 
     The noise is the same for every network and NFE. consistency: RMS distance, per element of z0,
     of a sample from the one-step sample of the same noise. spread: std divided by the data's.
     per_second: samples, decoding included. Raises UserError if a sample is not finite.
     """
-    rows, one_step = [], {}                        # {first sample of a batch: its samples at NFE 1}
-    for k in sorted({1, *nfes}):
-        features, spread, gap, seconds = [], Spread(), 0.0, 0.0
+    calls = 2 if getattr(network, "w", 1) != 1 else 1
+    steps = [k // calls for k in nfes if k % calls == 0]
+    rows, one_step = [], {}                        # {first sample of a batch: its one-step samples}
+    for k in sorted({1, *steps}):
+        features, spread, gap, seconds, accuracy = [], Spread(), 0.0, 0.0, {}
         for start in tqdm(range(0, n, batch), f"{name}, {k} NFE", unit="batch", leave=False):
             begun = time.perf_counter()
             z = sample.draw(network, shape, min(batch, n - start), k, seed, solver, batch, device,
-                            first=start)
+                            first=start, y=None if y is None else y[start : start + batch])
             x = decode(z)
             seconds += time.perf_counter() - begun
             if not (z.abs() < 1e10).all():         # false for nan as well
@@ -228,9 +241,13 @@ def measure(name, network, nfes, reference, shape, n, seed=0, solver="euler", ba
             gap += (z - one_step.setdefault(start, z)).double().square().sum().item()
             features.append(reference.features(x))
             spread.add(x)
-        if k in nfes:
-            rows.append({"network": name, "nfe": k, "seed": seed,
-                         **reference.compare(torch.cat(features)),
+        if k in steps:
+            features = torch.cat(features)
+            if y is not None and reference.classes:
+                right = reference.classes(features) == y
+                accuracy = {"accuracy": right.double().mean().item()}
+            rows.append({"network": name, "nfe": k * calls, "seed": seed,
+                         **reference.compare(features), **accuracy,
                          "consistency": (gap / (n * math.prod(shape))) ** 0.5,
                          "spread": spread.std / reference.std, "per_second": n / seconds})
     return rows
@@ -252,7 +269,8 @@ def report(dataset, reference, rows, solver="euler"):
     for row in rows:
         groups.setdefault((row["network"], row["nfe"]), []).append(row)
     for key, group in groups.items():
-        cells[key] = {name: statistics.median(row[name] for row in group) for name in MEASURES}
+        cells[key] = {name: statistics.median(row[name] for row in group)
+                      for name in (*MEASURES, "accuracy") if name in group[0]}
         distances = [row["distance"] for row in group]
         half = (max(distances) - min(distances)) / 2
         cells[key]["within"] = f" +- {half:.1f}" if len(group) > 1 else ""
@@ -268,9 +286,14 @@ def report(dataset, reference, rows, solver="euler"):
             [name, *(cell(cells[name, k]) if (name, k) in cells else "" for k in nfes)]
             for name in names)])
 
+    conditional = [
+        "accuracy: samples of the class that was asked for, in percent",
+        table(networks, lambda r: f"{100 * r['accuracy']:.1f}")
+    ] if "accuracy" in rows[0] else []
     return "\n\n".join([
         f"{dataset}, {solver}: {reference.name}{within}; in brackets std over the data's",
         table(with_floor, lambda r: f"{r['distance']:.1f}{r['within']} ({r['spread']:.2f})"),
+        *conditional,
         f"precision / recall (k = 3, {reference.at_most:,} samples)",
         table(with_floor, lambda r: f"{r['precision']:.3f} / {r['recall']:.3f}"),
         "consistency: RMS distance from the one-step sample of the same noise",
@@ -363,7 +386,7 @@ def prepare(args, cfg, shape, network):
     device = next(network.parameters()).device
     settings = dict(shape=tuple(shape), n=n, solver=args.solver, device=device,
                     batch=args.batch or sample.at_a_time(cfg.dataset),
-                    decode=sample.open_decoder(cfg))
+                    decode=sample.open_decoder(cfg), y=sample.conditions_of(cfg)(n))
     return Reference(cfg, n, args.features, device), settings, sorted({*args.nfe, best})
 
 
@@ -379,11 +402,16 @@ def main(argv=None):
     group.add_argument("--dataset", choices=DATASETS, help="the newest student of this data set")
     group.add_argument("--median", action="store_true", help="print the medians over the "
                        "checkpoints, which are the same run with other seeds")
+    group.add_argument("--guidance", type=float, nargs="+", default=[1.0], metavar="W", help=(
+        "conditional teachers: guide them with each of these w (Eq. 3) [1]"))
     args = parse(parser, argv, OPENING, "measure with so many seeds of the noise; the tables show "
                  "medians and half the range [1]", "evaluation beside the checkpoint")
 
     paths = [Path(p) for p in args.checkpoint or [sample.find_student(args.dataset)]]
     teachers, students, content, cfg = networks_of(paths, **given_flags(args, OPENING))
+    if args.guidance != [1.0]:
+        teachers = [(f"{name}, w = {w:g}", sample.with_guidance(network, {"kind": name}, cfg, w))
+                    for name, network in teachers for w in args.guidance]
     if args.dataset and cfg.dataset != args.dataset:
         raise UserError(f"{paths[0]} was trained on {cfg.dataset}, not on {args.dataset}; leave "
                         "--dataset out")

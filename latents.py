@@ -10,6 +10,7 @@ ends in a key of the images, the autoencoder's weights and the size: other image
 
 import hashlib
 import io
+import json
 import math
 import os
 import re
@@ -32,7 +33,7 @@ from tqdm import tqdm
 import vae
 from config import LATENT_DOWNSAMPLING, LATENT_SETS, MACHINE, make_config
 from harness import UserError, first_line
-from harness.checkpoint import locked, no_room, replacing
+from harness.checkpoint import locked, no_room, replacing, write_text
 from harness.machine import FIRST, choose_device, start, wait, wants_bf16
 from harness.pictures import from_uint8
 from harness.script import add_field_flags, given_flags, make_parser, run_script
@@ -330,7 +331,7 @@ class Codec:
 class Latents:
     """A data set of latents in a file; UserError if it is damaged or not of the codec's shape."""
 
-    def __init__(self, path, codec, device="cpu", key=""):
+    def __init__(self, path, codec, device="cpu", key="", labels=None):
         try:
             self.array = rows_in(path, codec.row)
         except ValueError as e:
@@ -338,9 +339,13 @@ class Latents:
                             "images are encoded again") from e
         self.path, self.key, self.codec, self.device = path, key, codec, torch.device(device)
         self.shape, self.size, self.decode = codec.row[2:], len(self.array), codec.decode
+        self.labels = labels
+        if labels is not None and len(labels) != self.size:
+            raise UserError(f"{path} does not say which images it skipped; delete it, and the "
+                            "images are encoded again")
 
     def batch(self, n, draws):
-        """(z0, None): latents float32 (n, C, h, w) on the device, and no labels.
+        """(z0, y): latents float32 (n, C, h, w) on the device, and labels int64 (n,) or None.
 
         Draws images, mirrors half of them, and samples the posterior.
         """
@@ -349,7 +354,14 @@ class Latents:
         moments = torch.from_numpy(self.array[image, mirrored])            # (n, P, C, h, w)
         mean, *logvar = moments.to(self.device).float().unbind(1)
         noise = draws.normal(n, *self.shape) if logvar else None
-        return self.codec.sample(mean, *logvar, noise=noise), None
+        y = None if self.labels is None else self.labels[image].to(self.device)
+        return self.codec.sample(mean, *logvar, noise=noise), y
+
+    def conditions(self, n, generator):
+        """Conditions of n samples that are still to be made, int64 (n,), or None."""
+        if self.labels is None:
+            return None
+        return self.labels[torch.randint(self.size, (n,), generator=generator)]
 
 
 def rows_in(path, row):
@@ -358,6 +370,27 @@ def rows_in(path, row):
     if array.dtype != np.float16 or array.shape[1:] != row or not len(array):
         raise ValueError(f"it holds {array.dtype} {array.shape}, not float16 (N, {row})")
     return array
+
+
+def class_names(images):
+    """The classes of images: their sub-folders, sorted, as torchvision's ImageFolder has them.
+
+    Raises UserError if an image lies in no sub-folder.
+    """
+    parts = [re.split(r"[/\\]", name) for name, _ in images.files]
+    if outside := [names[0] for names in parts if len(names) == 1]:
+        raise UserError(f"--condition class takes the sub-folders of --data-dir as classes, and "
+                        f"{printable(outside[0])} lies in none")
+    return sorted({names[0] for names in parts})
+
+
+def labels_of(images, path):
+    """The class of each row of a file of latents, int64 (N,)."""
+    number = {name: i for i, name in enumerate(class_names(images))}
+    skips = path.with_suffix(".json")
+    skipped = set(json.loads(skips.read_text())) if skips.exists() else ()
+    return torch.tensor([number[re.split(r"[/\\]", name)[0]] for name, _ in images.files
+                         if name not in skipped])
 
 
 def data_key(cfg, images=None, autoencoder=None):
@@ -381,7 +414,8 @@ def open_latents(cfg, device="cpu", images=None):
             if not path.exists():                  # another process may have made it just now
                 encode(images, codec, path, cfg.image_size)
     wait()
-    return Latents(path, codec, device, key)
+    labels = labels_of(images, path) if cfg.condition == "class" else None
+    return Latents(path, codec, device, key, labels)
 
 
 # -------------------------------------------------------------------------------------- encoding
@@ -393,7 +427,7 @@ def encode(images, codec, path, size):
     Until it is whole the file is named .part. To continue, all images are decoded again, which
     takes little of the time. Images that cannot be used are skipped and named.
     """
-    part, skipped = path.with_suffix(".part"), []
+    part, skipped = path.with_suffix(".part"), {}
     done, row_bytes = rows_done(part, images.size, codec.row), 2 * math.prod(codec.row)
     left = images.size - done
     print(f"encoding {left:,} of {images.size:,} images into {path}{images.note}", flush=True)
@@ -416,6 +450,7 @@ def encode(images, codec, path, size):
                         "--latents-dir") from e
     if skipped:                                    # the last rows were for these
         print(f"skipped {len(skipped)} of {images.size} images: {listed(skipped)}")
+        write_text(path.with_suffix(".json"), json.dumps([*skipped]))
         with replacing(path) as file:
             np.save(file, rows_in(part, codec.row)[:images.size - len(skipped)])
         part.unlink()
@@ -447,7 +482,7 @@ def batches(images, size, skipped):
         if not wrong:
             batch.append(pixels)
         else:
-            skipped.append(f"{name} {wrong}")
+            skipped[name] = wrong
             if len(skipped) > max(1, images.size // 100) or len(skipped) == images.size:
                 raise UserError(f"more than 1 % of the images cannot be used: {listed(skipped)}; "
                                 "remove or replace them, or choose a smaller --image-size if they "
@@ -467,8 +502,9 @@ def describe(z0, scale):
               "Diffusion 1 and 2: 0.18215, SDXL: 0.13025)")
 
 
-def listed(names):
-    """The first ten names, and how many there are beside them."""
+def listed(skipped):
+    """The first ten images of {name: what is wrong}, and how many there are beside them."""
+    names = [f"{name} {wrong}" for name, wrong in skipped.items()]
     more = f" and {len(names) - 10} more" if len(names) > 10 else ""
     return printable("; ".join(names[:10]) + more)
 

@@ -330,6 +330,36 @@ def kaiming(discriminator):
     return discriminator
 
 
+# ------------------------------------------------------------------- conditions and guidance
+
+
+def guided(model, zt, t, y, w):
+    """v(null) + w (v(y) - v(null)), classifier-free guidance (Eq. 3); w = 1 is the plain call.
+
+    y = None is the null condition itself. Any other w costs a second call.
+    """
+    if w == 1 or y is None:
+        return model(zt, t, y)
+    null = model(zt, t)
+    return null + w * (model(zt, t, y) - null)
+
+
+class Guided(nn.Module):
+    """A velocity network whose calls are guided with one fixed w."""
+
+    def __init__(self, network, w):
+        super().__init__()
+        self.network, self.w = network, w
+
+    def forward(self, zt, t, y=None):
+        return guided(self.network, zt, t, y, self.w)
+
+
+def with_nulls(y, drop, num_classes):
+    """Labels y (B,), with the null condition in place of those that `drop` (B,) marks (Eq. 2)."""
+    return torch.where(drop, num_classes, y)
+
+
 # --------------------------------------------------------------- averages and learning rates
 
 

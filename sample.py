@@ -11,10 +11,11 @@ from tqdm import tqdm
 
 from config import DATASETS, LATENT_DOWNSAMPLING, LATENT_SETS, MACHINE
 from harness import UserError, machine, pictures
-from harness.saved import (at_a_time, find_student, npz_name, open_decoder, open_network, same,
-                           save_npz)
+from harness.saved import (at_a_time, conditions_of, find_student, npz_name, open_decoder,
+                           open_network, same, save_npz, unconditional)
 from harness.script import add_field_flags, given_flags, make_parser, run_script
 from losses import expand, interpolate
+from model import Guided
 
 BLOCK = 256                        # noise is drawn in blocks of this many samples
 MOST = {True: 100_000, False: 10_000}   # points, or images, that fit into one picture
@@ -86,26 +87,31 @@ def stochastic(model, z, nfe, y=None, renoise=torch.randn_like):
 SOLVERS = {"euler": euler, "heun": heun, "stochastic": stochastic}
 
 
-def path(model, shape, n, nfe, seed=0, solver="euler", device="cpu", first=0):
-    """The solver's steps for the samples first ... first + n - 1, from their own noise."""
+def path(model, shape, n, nfe, seed=0, solver="euler", device="cpu", first=0, y=None):
+    """The solver's steps for the samples first ... first + n - 1, from their own noise.
+
+    y holds their conditions (n, ...), or is None.
+    """
+    y = None if y is None else y.to(device)
+
     def fresh(stream=0):
         return noise(shape, n, seed, first, stream).to(device)
 
     if solver == "stochastic":
         streams = iter(range(1, nfe + 1))
-        return stochastic(model, fresh(), nfe, renoise=lambda z: fresh(next(streams)))
-    return SOLVERS[solver](model, fresh(), nfe)
+        return stochastic(model, fresh(), nfe, y, renoise=lambda z: fresh(next(streams)))
+    return SOLVERS[solver](model, fresh(), nfe, y)
 
 
-def draw(model, shape, n, nfe, seed=0, solver="euler", batch=500, device="cpu", first=0):
-    """Samples first ... first + n - 1, float32 (n, *shape) on the CPU.
+def draw(model, shape, n, nfe, seed=0, solver="euler", batch=500, device="cpu", first=0, y=None):
+    """Samples first ... first + n - 1, float32 (n, *shape) on the CPU; y are their conditions.
 
     The result does not depend on `batch`.
     """
     samples = []
-    for start in range(first, first + n, batch):
-        size = min(batch, first + n - start)
-        for _, z0, _ in path(model, shape, size, nfe, seed, solver, device, start):
+    for start in range(0, n, batch):
+        size, some = min(batch, n - start), None if y is None else y[start : start + batch]
+        for _, z0, _ in path(model, shape, size, nfe, seed, solver, device, first + start, some):
             pass
         samples.append(z0.cpu())
     return torch.cat(samples)
@@ -115,7 +121,7 @@ def draw(model, shape, n, nfe, seed=0, solver="euler", batch=500, device="cpu", 
 
 
 def strips(path, networks, shape, nfes, seed=0, device="cpu", solver="euler", data=None, title=None,
-           columns=10, decode=same, across=False):
+           columns=10, decode=same, across=False, conditions=unconditional):
     """Figure 5: the same noise at every NFE. networks is [(name, network, its NFEs or None), ...].
 
     Points: one row per network and one panel per NFE; `across` transposes this (the paper's
@@ -124,7 +130,8 @@ def strips(path, networks, shape, nfes, seed=0, device="cpu", solver="euler", da
     rows, points = [], len(shape) == 1
     for name, network, some in networks:
         n = 4000 if points else columns
-        cells = {k: draw(network, shape, n, k, seed, solver, device=device) for k in some or nfes}
+        cells = {k: draw(network, shape, n, k, seed, solver, device=device, y=conditions(n))
+                 for k in some or nfes}
         role = name if name in pictures.COLOURS else "student"
         if points:
             rows.append((name, [role] * len(cells), list(cells.values())))
@@ -144,11 +151,11 @@ def strips(path, networks, shape, nfes, seed=0, device="cpu", solver="euler", da
 
 
 def trajectory(file, networks, shape, nfe, seed=0, device="cpu", solver="euler", title=None,
-               decode=same):
+               decode=same, conditions=unconditional):
     """Figures 4 and 7: zt and its z0-prediction along the path; for points the paths themselves."""
     rows, n = [], 2000 if len(shape) == 1 else 2
     for name, network in networks:
-        steps = list(path(network, shape, n, nfe, seed, solver, device))
+        steps = list(path(network, shape, n, nfe, seed, solver, device, y=conditions(n)))
         if len(shape) == 1:
             rows.append((f"{name}, {nfe} NFE", name, steps))
             continue
@@ -161,13 +168,14 @@ def trajectory(file, networks, shape, nfe, seed=0, device="cpu", solver="euler",
     return pictures.grid(file, rows, [f"t = {t:.2g}" for t, _, _ in steps], title)
 
 
-def film(file, teacher, student, shape, seed=0, device="cpu", title=None, n=2500):
+def film(file, teacher, student, shape, seed=0, device="cpu", title=None, n=2500,
+         conditions=unconditional):
     """A GIF of points on their way: the teacher in 50 steps, the student in 1, 2 and 4."""
     panels = []
     for name, network, nfe in [("teacher", teacher, 50),
                                *[("student", student, k) for k in (1, 2, 4)]]:
-        steps = [zt for _, zt, _ in path(network, shape, n, nfe, seed, device=device)]
-        panels.append((f"{name}, {nfe} NFE", name, steps))
+        steps = path(network, shape, n, nfe, seed, device=device, y=conditions(n))
+        panels.append((f"{name}, {nfe} NFE", name, [zt for _, zt, _ in steps]))
     return pictures.film(file, panels, title)
 
 
@@ -206,6 +214,10 @@ def parse(argv=None):
     how.add_argument("--n", type=int, help="number of samples [64 images or 4000 points]")
     how.add_argument("--seed", type=int, default=0,
                      help="seed of the noise; every NFE starts from the same noise [0]")
+    how.add_argument("--class", type=int, nargs="+", dest="classes", metavar="K",
+                     help="a conditional network: the classes to draw, in turn [all]")
+    how.add_argument("--guidance", type=float, metavar="W", help="a conditional teacher: guide it "
+                     "(Eq. 3); W = 1 is off, and any other W makes two calls per NFE [1]")
     how.add_argument("--solver", choices=("euler", "heun"), default="euler",
                      help="heun is of second order and takes an odd NFE [euler]")
     how.add_argument("--stochastic", action="store_true",
@@ -243,17 +255,48 @@ def main(argv=None):
         files = [teacher, student]
     given = given_flags(args, (*MACHINE, "vae_weights"))
     opened = [open_network(file, **given) for file in files]
-    networks = [(content["kind"].split()[0], network) for network, content, _ in opened]
+    networks = [(content["kind"].split()[0], with_guidance(network, content, cfg, args.guidance))
+                for network, content, cfg in opened]
     _, content, cfg = opened[-1]
     if args.dataset and cfg.dataset != args.dataset:
         raise UserError(f"{student} was trained on {cfg.dataset}, not on {args.dataset}; "
                         "leave --dataset out")
+    check_classes(args, cfg)
     if args.npz:
         written = write_npz(args, networks[-1][1], tuple(content["shape"]), cfg)
     elif machine.FIRST:                            # one process draws a picture
         written = write_picture(args, networks, tuple(content["shape"]), cfg, student.parent)
     if machine.FIRST:
         print(f"wrote {written}   from {', '.join(map(str, files))}")
+
+
+def with_guidance(network, content, cfg, w):
+    """The network, guided with w; UserError if it is a student or knows no null condition."""
+    if w is None:
+        return network
+    if not 0 <= w < 1000:
+        raise UserError(f"--guidance {w} makes no sense; it must be at least 0, and finite")
+    if cfg.condition == "none":
+        raise UserError("--guidance needs a conditional network, and this one is unconditional; "
+                        "leave it out, or train with --condition class")
+    if content["kind"].startswith("student"):
+        raise UserError(f"--guidance is for teachers; w = {cfg.guidance:g} is part of this student "
+                        "already, so leave it out, or add --teacher")
+    if w != 1 and cfg.p_null == 0:
+        raise UserError("--guidance needs the null condition, which this teacher never saw "
+                        "(--p-null 0); leave it out, or train another teacher")
+    return Guided(network, w)
+
+
+def check_classes(args, cfg):
+    """UserError if --class does not fit the network."""
+    if args.classes and cfg.condition != "class":
+        raise UserError("--class needs a network of classes, and this one is unconditional; leave "
+                        "it out, or train with --condition class")
+    for k in args.classes or ():
+        if not 0 <= k < cfg.num_classes:
+            raise UserError(f"--class {k} does not exist; the classes are 0 to "
+                            f"{cfg.num_classes - 1}")
 
 
 def write_npz(args, network, shape, cfg):
@@ -265,12 +308,13 @@ def write_npz(args, network, shape, cfg):
     batch = args.batch or at_a_time(cfg.dataset)
     each = -(-n // machine.WORLD)
     mine = range(min(machine.RANK * each, n), min((machine.RANK + 1) * each, n))
+    y = conditions_of(cfg, args.classes)(n)
 
     def batches():
         for i in tqdm(mine[::batch], desc=f"{nfe} NFE", unit="batch", disable=not machine.FIRST):
             size = min(batch, mine.stop - i)
             yield i, decode(draw(network, shape, size, nfe, args.seed, args.solver, batch, device,
-                                 first=i))
+                                 first=i, y=None if y is None else y[i : i + size]))
 
     size = LATENT_DOWNSAMPLING * shape[-1]
     save_npz(file, batches(), n, shape if decode is same else (3, size, size))
@@ -282,12 +326,16 @@ def write_picture(args, networks, shape, cfg, folder):
     (name, network), points = networks[-1], len(shape) == 1
     latent, device = cfg.dataset in LATENT_SETS, next(network.parameters()).device
     title = f"{cfg.dataset}, {args.solver}, seed {args.seed}"
+    if args.guidance not in (None, 1):
+        title += f", w = {args.guidance:g} (two calls per NFE)"
+    conditions = conditions_of(cfg, args.classes)
     if args.gif:
         if not points or name == "teacher":
             raise UserError("--gif takes a student of points, with the teacher.pt beside it; "
                             "--trajectory shows the path of images")
         return film(args.out or folder / "samples" / "film.gif", networks[0][1], network, shape,
-                    args.seed, device, f"{cfg.dataset}: samples after so many network calls")
+                    args.seed, device, f"{cfg.dataset}: samples after so many network calls",
+                    conditions=conditions)
 
     decode, nfe = open_decoder(cfg), args.nfe[0]
     suffix = "" if args.solver == "euler" else f"-{args.solver}"
@@ -295,17 +343,19 @@ def write_picture(args, networks, shape, cfg, folder):
     calls = "-".join(map(str, args.nfe))
     out = args.out or folder / "samples" / f"{kind}-nfe{calls}{suffix}-seed{args.seed}.png"
     if args.trajectory:
-        return trajectory(out, networks, shape, nfe, args.seed, device, args.solver, title, decode)
+        return trajectory(out, networks, shape, nfe, args.seed, device, args.solver, title, decode,
+                          conditions)
     if len(args.nfe) > 1:
         return strips(out, [(name, network, None)], shape, args.nfe, args.seed, device, args.solver,
-                      title=title, columns=args.n or (8 if latent else 10), decode=decode)
+                      title=title, columns=args.n or (8 if latent else 10), decode=decode,
+                      conditions=conditions)
 
     n = args.n or (4000 if points else 32 if latent else 64)
     if n > MOST[points]:
         raise UserError(f"--n {n} is too many for a picture, which takes {MOST[points]:,} at most; "
                         "--npz FILE writes any number")
     z = decode(draw(network, shape, n, nfe, args.seed, args.solver,
-                    args.batch or at_a_time(cfg.dataset), device))
+                    args.batch or at_a_time(cfg.dataset), device, y=conditions(n)))
     title = f"{name}, {nfe} NFE\n{title}"
     if points:
         return pictures.grid(out, [("", name, [z])], title=title)

@@ -11,7 +11,7 @@ from harness import UserError, checkpoint, machine
 from harness.run import Run
 from harness.script import parse_config, run_script
 from losses import flow_matching_loss, interpolate
-from model import copy_of, ema_update, set_rates, velocity_network
+from model import copy_of, ema_update, set_rates, velocity_network, with_nulls
 
 
 def train_teacher(run):
@@ -36,6 +36,8 @@ def train_teacher(run):
             z0, y = dataset.batch(cfg.teacher_batch_size // machine.WORLD, draws)
             z1 = draws.normal(*z0.shape)                                   # (B, ...)
             t = draws.uniform(len(z0))                                     # (B,)
+            if y is not None:                      # some samples lose their condition (Eq. 2)
+                y = with_nulls(y, draws.uniform(len(y)) < cfg.p_null, cfg.num_classes)
             loss = flow_matching_loss(teacher(interpolate(z0, z1, t), t, y), z0, z1)
             loss.backward()
             grad_norm = torch.nn.utils.get_total_norm([p.grad for p in teacher.parameters()])

@@ -16,7 +16,7 @@ from harness.script import parse_config, run_script
 from losses import (bidirectional_loss, consistency_loss, discriminator_loss, expand,
                     generator_loss, interpolate, r1_penalty, reflow_loss, time_skip,
                     z0_prediction, z0_predictions)
-from model import copy_of, discriminator, ema_update, set_rates
+from model import Guided, copy_of, discriminator, ema_update, set_rates
 from study import baselines
 from teacher import find_or_train, load_teacher
 
@@ -110,6 +110,7 @@ def begin(teacher, start, cfg, shape, device):
                           ema=copy_of(start), disc=disc)
     for network in vars(net).values():
         machine.prepare(network, cfg, device)
+    net.teacher = Guided(teacher, cfg.guidance)    # the teacher alone is guided (Eq. 3)
     net.student, net.disc = machine.share(net.student), machine.share(net.disc)
     net.opt = AdamW(net.student.parameters(), cfg.lr, cfg.betas, weight_decay=0.0, fused=True)
     net.opt_disc = AdamW(net.disc.parameters(), cfg.disc_lr, cfg.disc_betas, weight_decay=0.0,
@@ -141,8 +142,9 @@ def train(run):
         start = machine.prepare(load_teacher(start_path, cfg, dataset.shape), cfg, device)
     net = begin(teacher, start, cfg, dataset.shape, device)
     if "reflow" in cfg.method:                     # the second stage makes its pairs of new noise
-        seed = cfg.seed + baselines.PAIRS_SEED * (1 if start is teacher else 2)
-        dataset = baselines.Pairs(run.folder, start, dataset, cfg, seed, device)
+        source, k = (net.teacher, 1) if start is teacher else (start, 2)
+        seed = cfg.seed + k * baselines.PAIRS_SEED
+        dataset = baselines.Pairs(run.folder, source, dataset, cfg, seed, device)
 
     draws = Draws(cfg.seed, stream=1, device=device)
     iteration, terms = STEPS[cfg.method]

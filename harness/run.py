@@ -20,7 +20,7 @@ from config import CIRCUMSTANCES, LATENT_SETS, MACHINE, identity, run_dir
 from harness import UserError, checkpoint, machine, pictures
 from harness.log import Interrupt, Log, curves, read_rows
 from harness.machine import FIRST
-from harness.saved import open_network
+from harness.saved import conditions_of, open_network
 from model import check_network, velocity_network
 
 WAYS = "--resume continues it, --overwrite starts anew, another --out keeps both"
@@ -56,10 +56,7 @@ class Run:
             other = checkpoint.load(cfg.teacher_checkpoint, "teacher", mmap=True)
             cfg = checkpoint.same_architecture(cfg, given, checkpoint.config_of(other),
                                                cfg.teacher_checkpoint)
-        if cfg.num_classes:
-            raise UserError("--num-classes needs labels, which no data set here has yet; leave it "
-                            "out")
-        self.cfg, self.shape = cfg, data.sample_shape(cfg)
+        self.cfg, self.shape = data.with_classes(cfg), data.sample_shape(cfg)
         check_network(cfg, self.shape)             # before anything is encoded or trained
         self.device = machine.choose_device(cfg)
         machine.start(self.device)
@@ -315,7 +312,8 @@ class Run:
             name, nfes = ("", (1, 4)) if kind == "student" else ("teacher_", (4, 16))
             sample.strips(self.folder / f"{name}preview_{step:06d}.png", [(kind, ema, None)],
                           self.shape, nfes, device=self.device, decode=self.dataset.decode,
-                          title=f"the {kind}'s EMA after {step} iterations")
+                          title=f"the {kind}'s EMA after {step} iterations",
+                          conditions=conditions_of(self.cfg))
 
     def finish(self, kind, ema):
         """Writes teacher.pt or student.pt and the pictures; returns its path."""
@@ -356,4 +354,5 @@ class Run:
         shown = min(4000 if points else 10, dataset.size or 4000)
         draws = data.Draws(self.cfg.seed, stream=1, device=self.device, rank=0, world=1)
         sample.strips(path, networks, self.shape, few, device=self.device, decode=dataset.decode,
-                      data=dataset.batch(shown, draws)[0].cpu())
+                      data=dataset.batch(shown, draws)[0].cpu(),
+                      conditions=conditions_of(self.cfg))

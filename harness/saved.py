@@ -5,6 +5,7 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from config import LATENT_SETS, MACHINE, POINT_SETS, Config
 from harness import UserError, checkpoint, machine
@@ -60,6 +61,22 @@ def open_decoder(cfg):
     import latents                                 # not above: points need no torchvision
     import vae
     return latents.Codec(vae.load(cfg.vae, cfg.vae_weights), cfg, machine.choose_device(cfg)).decode
+
+
+def unconditional(n):
+    """The conditions of n samples of an unconditional network: none."""
+    return None
+
+
+def conditions_of(cfg, classes=()):
+    """A function n -> conditions of n samples, int64 (n,): the classes in turn, by default all.
+
+    It returns None if the network is unconditional.
+    """
+    if cfg.condition == "none":
+        return unconditional
+    chosen = torch.tensor(classes or range(cfg.num_classes))
+    return lambda n: chosen[torch.arange(n) % len(chosen)]
 
 
 def at_a_time(dataset):

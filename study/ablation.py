@@ -72,18 +72,20 @@ def passes(cfg, step):
     discriminator, a smaller network, is not counted; FGM's online flow, a full one, is.
     """
     learn, frozen = 3, 2                           # forward and backward, with and without weights
+    teacher = 1 if cfg.guidance == 1 else 2        # a guided teacher is called twice
     if cfg.method in ("reflow", "reflow-distill"):
         return learn
     if cfg.method == "fgm":                        # generate, step the online flow; then theta
-        return baselines.FAKE_STEPS * (1 + learn) + learn + 2 * frozen
+        return baselines.FAKE_STEPS * (1 + learn) + learn + frozen + teacher * frozen
     use = train.losses_in_use(cfg, step)
     predictions = 1 + bool(use & {"gan", "rf"}) + ("rf" in use)    # f(zt, t), f(z1, 1), f(zr, t)
-    return 1 + (1 + ("bi" in use)) + learn * predictions           # teacher, theta~, theta
+    return teacher + (1 + ("bi" in use)) + learn * predictions     # phi, theta~, theta
 
 
 def for_pairs(cfg):
     """The compute of making the pairs, in the same units; reflow-distill makes them twice."""
-    times = {"reflow": 1, "reflow-distill": 2}.get(cfg.method, 0)
+    teacher = 1 if cfg.guidance == 1 else 2
+    times = {"reflow": teacher, "reflow-distill": teacher + 1}.get(cfg.method, 0)
     return times * cfg.pairs * cfg.pair_steps / cfg.batch_size
 
 

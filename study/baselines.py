@@ -64,14 +64,15 @@ def distill_step(net, batch, step, cfg, draws):
 class Pairs:
     """Pairs (z0, z1): noise z1, and the point z0 to which Euler steps of a network carry it.
 
-    cfg.pairs pairs, float32, by cfg.pair_steps steps; z0 is kept in a file of `folder`. Rows that
-    are not made yet are NaN, so an interrupted run can continue; each process makes its own slice.
-    Raises UserError if the disk is too full or the file is damaged.
+    cfg.pairs pairs, float32, by cfg.pair_steps steps, each with a condition y if the network takes
+    one. z0 is kept in a file of `folder`. Rows that are not made yet are NaN, so an interrupted run
+    can continue; each process makes its own slice. Raises UserError if the disk is too full or the file is damaged.
     """
 
     def __init__(self, folder, network, dataset, cfg, seed, device):
         self.size, self.key, self.decode = cfg.pairs, dataset.key, dataset.decode
         self.shape, self.device = dataset.shape, device
+        self.y = dataset.conditions(cfg.pairs, torch.Generator().manual_seed(seed))
         file = folder / f"pairs-{cfg.pairs}-{cfg.pair_steps}-{seed}.npy"
         try:
             self.make(file, network, cfg, seed, at_a_time(cfg.dataset))
@@ -103,15 +104,17 @@ class Pairs:
                       disable=not machine.FIRST):
             n = min(batch, mine.stop - i)
             if np.isnan(rows[i : i + n]).any():
+                y = None if self.y is None else self.y[i : i + n]
                 rows[i : i + n] = draw(network, self.shape, n, cfg.pair_steps, seed, batch=batch,
-                                       device=self.device, first=i)
+                                       device=self.device, first=i, y=y)
         rows.flush()
         machine.wait()
 
     def batch(self, n, draws):
-        """n pairs: z0 and z1, both float32 (n, *shape), and y, None."""
+        """n pairs: z0 and z1, both float32 (n, *shape), and y (n,) or None."""
         i = draws.integers(self.size, n, device="cpu")
-        return self.z0[i].to(self.device), self.z1[i].to(self.device), None
+        y = None if self.y is None else self.y[i].to(self.device)
+        return self.z0[i].to(self.device), self.z1[i].to(self.device), y
 
 
 # ------------------------------------------------------------------------------------------ FGM

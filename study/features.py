@@ -113,17 +113,23 @@ def function_of(spec):
 
 
 def extractor(cfg, spec=None, device="cpu"):
-    """(name, function): images (n, C, H, W) in [-1, 1] -> features float32 (n, d) on the CPU.
+    """(name, features, classes) of images (n, C, H, W) in [-1, 1].
+
+    features returns float32 (n, d) on the CPU. classes, a function of features (n, d), returns the
+    class of each image, int64 (n,); it is None if nothing here can tell the classes.
 
     The images are rounded to the 8 bits of a file first, and AT_A_TIME are processed together.
     Raises UserError if weights or function are missing, or its answers are not features.
     """
+    classes = None
     if spec is not None:
         name, function = spec, function_of(spec)
     elif cfg.dataset in LATENT_SETS:
         name, function = "Inception features", inception(device)
     else:
-        name, function = "the classifier's features", mnist_classifier(cfg.data_dir).features
+        classifier = mnist_classifier(cfg.data_dir)
+        name, function = "the classifier's features", classifier.features
+        classes = torch.no_grad()(lambda x: classifier.last(x).argmax(1))
     d = None                                       # then that of the first answer
 
     @torch.no_grad()
@@ -144,4 +150,4 @@ def extractor(cfg, spec=None, device="cpu"):
                                 "one d for all images") from e
             parts.append(x.float().cpu())
         return torch.cat(parts)
-    return name, features
+    return name, features, classes

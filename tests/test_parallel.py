@@ -200,6 +200,13 @@ def test_baselines_of_two_processes(method, moons):
     assert_close(one, two)
 
 
+def test_conditions_and_guidance_of_two_processes():
+    line = f"train.py {MOONS} --dataset 8gaussians --condition class --guidance 1.5 --out"
+    works(f"{line} one")
+    all_work(f"{line} two")
+    assert_equal_runs("one", "two")
+
+
 def test_points_of_two_processes(moons):
     shutil.copy(moons.home / "runs/one/student.pt", "student.pt")
     line = "sample.py --checkpoint student.pt --nfe 2 --n 301 --device cpu --threads 1"
