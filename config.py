@@ -16,7 +16,7 @@ from harness import UserError
 
 POINT_SETS = ("8gaussians", "moons", "checkerboard", "spirals")
 LATENT_SETS = ("celebahq", "folder")                   # images that an autoencoder encodes first
-DATASETS = (*POINT_SETS, "mnist", *LATENT_SETS)
+DATASETS = (*POINT_SETS, "mnist", "captions", *LATENT_SETS)
 LATENT_DOWNSAMPLING = 8                                # 8 x 8 pixels become one latent position
 LATENT_CHANNELS = {"sd": 4, "taesd": 4, "taef2": 32}
 CLASSES = {"8gaussians": 8, "mnist": 10}               # a folder's classes are its sub-folders
@@ -61,8 +61,8 @@ class Config:
     heads: int = 4                  # UNet: attention heads
     time_scale: float = 10.0        # t is multiplied by this before its sinusoidal features
     patch_size: int = 1             # UNet: p x p pixels are folded into channels first
-    condition: Literal["none", "class"] = "none"  # class: digits, 8gaussians' modes, sub-folders
-    num_classes: int = 0            # follows from --condition and the data; not a flag to give
+    condition: Literal["none", "class", "text"] = "none"  # what the networks are told of a sample
+    num_classes: int = 0            # classes or words; follows from the data, not a flag to give
 
     # -- teacher: flow matching (Eq. 1)
     teacher_steps: int = 4000       # iterations of pretraining
@@ -120,6 +120,8 @@ PRESETS = {
         save_every=400, preview_every=800,
     ),
 }
+
+PRESETS["captions"] = PRESETS["mnist"] | dict(condition="text", guidance=1.5)
 
 # The paper's experiment, CelebA-HQ 256. What the paper does not state is taken from the official
 # code (o), the teacher's values from LFM (l).
@@ -240,9 +242,13 @@ def with_classes(cfg, given):
                         "--num-classes out")
     if cfg.condition == "none":
         if cfg.guidance != 1:
-            raise UserError(f"--guidance {cfg.guidance} needs a condition; add --condition class")
+            raise UserError(f"--guidance {cfg.guidance} needs a condition; add --condition class "
+                            "(captions: text), or --guidance 1")
         return cfg
-    if cfg.dataset not in CLASSES and cfg.dataset != "folder":
+    if (cfg.condition == "text") != (cfg.dataset == "captions"):
+        raise UserError(f"--condition {cfg.condition} does not fit {cfg.dataset}; captions has "
+                        "text, the other data sets have classes or nothing")
+    if cfg.condition == "class" and cfg.dataset not in CLASSES and cfg.dataset != "folder":
         raise UserError(f"--condition class needs classes, and {cfg.dataset} has none; "
                         f"{', '.join(CLASSES)} and folder have")
     if cfg.guidance != 1 and cfg.p_null == 0:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+import captions
 from config import LATENT_CHANNELS, LATENT_DOWNSAMPLING, LATENT_SETS, POINT_SETS, flag
 from harness import UserError, first_line
 from harness.machine import FIRST, RANK, WORLD, wait
@@ -199,6 +200,8 @@ def load(cfg, device="cpu", train=True):
     """The data set that the settings name; raises UserError if it is missing or damaged."""
     if cfg.dataset in POINT_SETS:
         dataset = Points(cfg.dataset, cfg.num_classes)
+    elif cfg.dataset == "captions":
+        dataset = captions.Captions(cfg.condition == "text")
     elif cfg.dataset == "mnist":
         images, labels = mnist(cfg.data_dir, train)
         dataset = Images(images, device, labels if cfg.condition == "class" else None)
@@ -212,9 +215,11 @@ def load(cfg, device="cpu", train=True):
 
 
 def with_classes(cfg):
-    """cfg with the number of classes that a folder of images has, if it is to be conditional."""
+    """cfg with the number of classes of a folder, or of words, if it is to be conditional."""
     if cfg.condition == "none" or cfg.num_classes:
         return cfg
+    if cfg.condition == "text":
+        return replace(cfg, num_classes=len(captions.WORDS))
     import latents
     names = latents.class_names(latents.open_images(cfg))
     print("classes: " + ", ".join(f"{i} {latents.printable(name)}" for i, name in enumerate(names)))
@@ -238,6 +243,8 @@ def sample_shape(cfg):
         return (2,)
     if cfg.dataset == "mnist":
         return (1, 28, 28)
+    if cfg.dataset == "captions":
+        return captions.Captions.shape
     return (LATENT_CHANNELS[cfg.vae], *[cfg.image_size // LATENT_DOWNSAMPLING] * 2)
 
 
@@ -246,4 +253,6 @@ def key(cfg):
     if cfg.dataset in LATENT_SETS:
         import latents
         return latents.data_key(cfg)
+    if cfg.dataset == "captions":
+        return captions.Captions.key
     return key_of(mnist(cfg.data_dir)[0]) if cfg.dataset == "mnist" else ""

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import captions
 import data
 import sample
 from config import CLASSES, DATASETS, LATENT_SETS, MACHINE, POINT_SETS, identity
@@ -26,6 +27,7 @@ from harness.script import add_field_flags, given_flags, make_parser, run_script
 from study.features import extractor
 
 OPENING = (*MACHINE, "data_dir", "vae_weights")    # settings with which checkpoints are opened
+RIGHT = "as asked: "               # before the names of measures of conditional samples
 MEASURES = ("distance", "precision", "recall", "consistency", "spread", "per_second")
 NEIGHBOURS = 10_000                # precision and recall use at most this many samples of each
 BLOCK = 100                        # rows of a distance matrix, or decoded images, in memory
@@ -127,6 +129,10 @@ def real_data(cfg, n, generator):
         digits, real = data.mnist(cfg.data_dir)[0], data.mnist(cfg.data_dir, False)[0]
         chosen = torch.randperm(len(digits), generator=generator)[:n]
         return [from_uint8(real)], [from_uint8(digits[chosen])], "test digits"
+    if cfg.dataset == "captions":
+        real, held_out = (captions.draw(*captions.scenes(n, generator), generator)
+                          for _ in range(2))
+        return [real], [held_out], "pictures"
     return images_in_blocks(cfg), None, "images"
 
 
@@ -149,16 +155,20 @@ class Reference:
     """The data that samples are compared with, as features.
 
     features: function that turns samples (n, ...) into features (n, d). data: the data's features.
-    classes: function that tells the class of features, or None. std: the data's spread. name: the
-    distance in words. floor: the score of held-out real data, the best that samples can reach.
+    right: function of samples, features and their conditions that tells which are as they were
+    asked for. std: the data's spread. name: the distance in words. floor: the score of held-out
+    real data, the best that samples can reach.
     """
 
     def __init__(self, cfg, n, spec=None, device="cpu"):
         self.points = cfg.dataset in POINT_SETS
         if self.points and spec is not None:
             raise UserError("--features is for images; points are compared as they are")
-        name, self.features, self.classes = ("points", lambda z: z, mode_of(cfg)) if (
+        name, self.features, classes = ("points", lambda z: z, mode_of(cfg)) if (
             self.points) else extractor(cfg, spec, device)
+        self.right = lambda x, features, y: {"class": classes(features) == y} if classes else {}
+        if cfg.dataset == "captions":
+            self.right = lambda x, features, y: captions.scores(x, y)
         generator = torch.Generator().manual_seed(20_000)
         batches, held_out, kind = real_data(cfg, n, generator)
         real, self.std = self.embedded(batches)
@@ -217,8 +227,7 @@ def measure(name, network, nfes, reference, shape, n, seed=0, solver="euler", ba
     """One row per NFE, in ascending order, a dict: network, nfe, seed, and the MEASURES.
 
     A guided network makes two calls per step, so it takes nfe / 2 steps; odd NFEs are left out. y
-    are the conditions (n, ...), or None; with them a row has `accuracy`, the share of samples of
-    the class that was asked for.
+    are the conditions (n, ...), or None; with them a row has the shares of samples that are right.
 
     The noise is the same for every network and NFE. consistency: RMS distance, per element of z0,
     of a sample from the one-step sample of the same noise. spread: std divided by the data's.
@@ -228,11 +237,12 @@ def measure(name, network, nfes, reference, shape, n, seed=0, solver="euler", ba
     steps = [k // calls for k in nfes if k % calls == 0]
     rows, one_step = [], {}                        # {first sample of a batch: its one-step samples}
     for k in sorted({1, *steps}):
-        features, spread, gap, seconds, accuracy = [], Spread(), 0.0, 0.0, {}
+        features, spread, gap, seconds, right = [], Spread(), 0.0, 0.0, {}
         for start in tqdm(range(0, n, batch), f"{name}, {k} NFE", unit="batch", leave=False):
             begun = time.perf_counter()
+            some = None if y is None else y[start : start + min(batch, n - start)]
             z = sample.draw(network, shape, min(batch, n - start), k, seed, solver, batch, device,
-                            first=start, y=None if y is None else y[start : start + batch])
+                            first=start, y=some)
             x = decode(z)
             seconds += time.perf_counter() - begun
             if not (z.abs() < 1e10).all():         # false for nan as well
@@ -241,13 +251,14 @@ def measure(name, network, nfes, reference, shape, n, seed=0, solver="euler", ba
             gap += (z - one_step.setdefault(start, z)).double().square().sum().item()
             features.append(reference.features(x))
             spread.add(x)
+            if some is not None:
+                for what, is_right in reference.right(x, features[-1], some).items():
+                    right.setdefault(what, []).append(is_right)
         if k in steps:
-            features = torch.cat(features)
-            if y is not None and reference.classes:
-                right = reference.classes(features) == y
-                accuracy = {"accuracy": right.double().mean().item()}
+            shares = {RIGHT + what: torch.cat(parts).double().mean().item()
+                      for what, parts in right.items()}
             rows.append({"network": name, "nfe": k * calls, "seed": seed,
-                         **reference.compare(features), **accuracy,
+                         **reference.compare(torch.cat(features)), **shares,
                          "consistency": (gap / (n * math.prod(shape))) ** 0.5,
                          "spread": spread.std / reference.std, "per_second": n / seconds})
     return rows
@@ -265,12 +276,12 @@ def report(dataset, reference, rows, solver="euler"):
 
     Rows of the same network and NFE are shown by their medians, and half the range of distances.
     """
-    groups, cells = {}, {}
+    groups, cells, shares = {}, {}, [name for name in rows[0] if name.startswith(RIGHT)]
     for row in rows:
         groups.setdefault((row["network"], row["nfe"]), []).append(row)
     for key, group in groups.items():
         cells[key] = {name: statistics.median(row[name] for row in group)
-                      for name in (*MEASURES, "accuracy") if name in group[0]}
+                      for name in (*MEASURES, *shares)}
         distances = [row["distance"] for row in group]
         half = (max(distances) - min(distances)) / 2
         cells[key]["within"] = f" +- {half:.1f}" if len(group) > 1 else ""
@@ -286,10 +297,8 @@ def report(dataset, reference, rows, solver="euler"):
             [name, *(cell(cells[name, k]) if (name, k) in cells else "" for k in nfes)]
             for name in names)])
 
-    conditional = [
-        "accuracy: samples of the class that was asked for, in percent",
-        table(networks, lambda r: f"{100 * r['accuracy']:.1f}")
-    ] if "accuracy" in rows[0] else []
+    conditional = [text for name in shares for text in (
+        f"{name}, in percent", table(networks, lambda r, name=name: f"{100 * r[name]:.1f}"))]
     return "\n\n".join([
         f"{dataset}, {solver}: {reference.name}{within}; in brackets std over the data's",
         table(with_floor, lambda r: f"{r['distance']:.1f}{r['within']} ({r['spread']:.2f})"),
@@ -386,7 +395,8 @@ def prepare(args, cfg, shape, network):
     device = next(network.parameters()).device
     settings = dict(shape=tuple(shape), n=n, solver=args.solver, device=device,
                     batch=args.batch or sample.at_a_time(cfg.dataset),
-                    decode=sample.open_decoder(cfg), y=sample.conditions_of(cfg)(n))
+                    decode=sample.open_decoder(cfg), y=captions.questions(n)
+                    if cfg.condition == "text" else sample.conditions_of(cfg)(n))
     return Reference(cfg, n, args.features, device), settings, sorted({*args.nfe, best})
 
 

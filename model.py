@@ -49,6 +49,26 @@ class LabelEmbedding(nn.Embedding):
         return super().forward(y)                                         # (B, dim)
 
 
+class Text(nn.Module):
+    """A small text encoder: embedding, positions, one transformer block; (B, L) -> (B, L, dim).
+
+    y = None is the null condition, the empty caption: all tokens are 0.
+    """
+
+    def __init__(self, words, length=8, dim=64):
+        super().__init__()
+        self.length = length
+        self.words = nn.Embedding(words, dim)
+        self.positions = nn.Parameter(0.02 * torch.randn(length, dim))
+        self.block = nn.TransformerEncoderLayer(dim, 4, 2 * dim, dropout=0.0, batch_first=True,
+                                                norm_first=True)
+
+    def forward(self, y, batch):
+        if y is None:
+            y = torch.zeros(batch, self.length, dtype=torch.long, device=self.positions.device)
+        return self.block(self.words(y) + self.positions)
+
+
 # ------------------------------------------------------------------------------------- points
 
 
@@ -98,17 +118,22 @@ class PointDiscriminator(Network):
 
 
 class Head(nn.Module):
-    """Last layer of a discriminator; labels enter by projection (Miyato and Koyama, 2018)."""
+    """Last layer of a discriminator; conditions enter by projection (Miyato and Koyama, 2018)."""
 
-    def __init__(self, channels, num_classes=0):
+    def __init__(self, channels, num_classes=0, text=False):
         super().__init__()
         self.linear = nn.Linear(channels, 1)
-        self.label_emb = LabelEmbedding(num_classes, channels) if num_classes else None
+        self.label_emb = LabelEmbedding(num_classes, channels) if num_classes and not text else None
+        self.text = Text(num_classes) if text else None
+        self.text_emb = nn.Linear(64, channels) if text else None
 
     def forward(self, h, y=None):
         logits = self.linear(h).squeeze(1)                                # (B,)
         if self.label_emb is not None:
             logits = logits + (h * self.label_emb(y, len(h))).sum(1) / math.sqrt(h.shape[1])
+        if self.text is not None:
+            c = self.text_emb(self.text(y, len(h)).mean(1))               # (B, channels)
+            logits = logits + (h * c).sum(1) / math.sqrt(h.shape[1])
         return logits
 
 
@@ -167,6 +192,29 @@ class Attention(nn.Module):
         return x + rearrange(h, "b c (h w) -> b c h w", h=height, w=width)
 
 
+class CrossAttention(nn.Module):
+    """Attention of all positions to the words of a text; its answer starts at 0."""
+
+    def __init__(self, channels, heads, text_channels=64):
+        super().__init__()
+        self.heads = heads
+        self.norm = norm(channels)
+        self.q = nn.Linear(channels, channels)
+        self.kv = nn.Linear(text_channels, 2 * channels)
+        self.proj_out = nn.Linear(channels, channels)
+        nn.init.zeros_(self.proj_out.weight)
+        nn.init.zeros_(self.proj_out.bias)
+
+    def forward(self, x, words):
+        height, width = x.shape[2:]
+        q = self.q(rearrange(self.norm(x), "b c h w -> b (h w) c"))
+        q = rearrange(q, "b l (n c) -> b n l c", n=self.heads)
+        k, v = rearrange(self.kv(words), "b l (two n c) -> two b n l c", two=2, n=self.heads)
+        h = F.scaled_dot_product_attention(q, k, v)
+        h = self.proj_out(rearrange(h, "b n l c -> b l (n c)"))
+        return x + rearrange(h, "b (h w) c -> b c h w", h=height, w=width)
+
+
 class Downsample(nn.Module):
     def __init__(self, channels):
         super().__init__()
@@ -191,11 +239,11 @@ class Stem(nn.Conv2d):
 
 
 class Stage(nn.ModuleList):
-    """Layers run one after another, each given the time embedding."""
+    """Layers run one after another, each given the time embedding, or the words of the text."""
 
-    def forward(self, x, emb):
+    def forward(self, x, emb, words=None):
         for layer in self:
-            x = layer(x, emb)
+            x = layer(x, words if isinstance(layer, CrossAttention) else emb)
         return x
 
 
@@ -210,7 +258,7 @@ class UNet(VelocityNetwork):
     """
 
     def __init__(self, in_channels=4, channels=256, mult=(1, 2, 2, 2), blocks=2, attention=(3,),
-                 heads=4, time_scale=1.0, patch_size=1, num_classes=0):
+                 heads=4, time_scale=1.0, patch_size=1, num_classes=0, text=False):
         super().__init__()
         self.channels, self.time_scale, self.patch_size = channels, time_scale, patch_size
         self.divisor = patch_size * 2 ** (len(mult) - 1)                  # of height and width
@@ -218,10 +266,15 @@ class UNet(VelocityNetwork):
         self.time_embed = Float32(
             nn.Linear(channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
         )
-        self.label_emb = LabelEmbedding(num_classes, emb_channels) if num_classes else None
+        self.label_emb = None
+        if num_classes and not text:
+            self.label_emb = LabelEmbedding(num_classes, emb_channels)
+        self.text = Text(num_classes) if text else None
+        self.text_emb = Float32(nn.Linear(64, emb_channels)) if text else None
 
         def attend(level, ch):
-            return [Attention(ch, heads)] if level in attention else []
+            layers = [Attention(ch, heads)] if level in attention else []
+            return layers + [CrossAttention(ch, heads)] * (text and level == len(mult) - 1)
 
         # down: the output of every stage is kept for the way up
         folded, ch = in_channels * patch_size**2, channels
@@ -239,7 +292,8 @@ class UNet(VelocityNetwork):
                 kept.append(ch)
 
         self.middle_block = Stage([
-            ResBlock(ch, emb_channels, ch), Attention(ch, heads), ResBlock(ch, emb_channels, ch)
+            ResBlock(ch, emb_channels, ch), Attention(ch, heads),
+            *[CrossAttention(ch, heads)] * text, ResBlock(ch, emb_channels, ch)
         ])
 
         # up: one block more per level than on the way down; each also takes a kept output
@@ -264,20 +318,24 @@ class UNet(VelocityNetwork):
         p = self.patch_size
         h = rearrange(zt, "b c (h p) (w q) -> b (c p q) h w", p=p, q=p)
         emb = self.time_embed(time_features(t, self.channels, self.time_scale))
+        words = None
         if self.label_emb is not None:
             emb = emb + self.label_emb(y, len(zt))
+        if self.text is not None:
+            words = self.text(y, len(zt))
+            emb = emb + self.text_emb(words.mean(1))
 
         kept = []
         for stage in self.input_blocks:
-            h = self.run(stage, h, emb)
+            h = self.run(stage, h, emb, words)
             kept.append(h)
-        h = self.run(self.middle_block, h, emb)
+        h = self.run(self.middle_block, h, emb, words)
         for stage in self.output_blocks:
-            h = self.run(stage, torch.cat([h, kept.pop()], dim=1), emb)
+            h = self.run(stage, torch.cat([h, kept.pop()], dim=1), emb, words)
         return rearrange(self.out(h), "b (c p q) h w -> b c (h p) (w q)", p=p, q=p)
 
-    def run(self, stage, h, emb):
-        return self.again(stage, h, emb) if self.checkpointing else stage(h, emb)
+    def run(self, stage, *inputs):
+        return self.again(stage, *inputs) if self.checkpointing else stage(*inputs)
 
 
 class DownBlock(nn.Module):
@@ -299,7 +357,7 @@ class DownBlock(nn.Module):
 class ImageDiscriminator(Network):
     """D(z) of images or latents, (B, C, H, W) -> (B,) logits: residual blocks down to 4 x 4."""
 
-    def __init__(self, shape, channels=64, patch_size=1, num_classes=0):
+    def __init__(self, shape, channels=64, patch_size=1, num_classes=0, text=False):
         super().__init__()
         self.patch_size = patch_size
         c, size = shape[0] * patch_size**2, shape[1] // patch_size
@@ -311,7 +369,7 @@ class ImageDiscriminator(Network):
             ch, size = out, (size + 1) // 2
         self.blocks = nn.Sequential(*blocks)
         self.dense = nn.Linear(ch * size * size, ch)
-        self.head = Head(ch, num_classes)
+        self.head = Head(ch, num_classes, text)
 
     def forward(self, z, y=None):
         p = self.patch_size
@@ -356,8 +414,13 @@ class Guided(nn.Module):
 
 
 def with_nulls(y, drop, num_classes):
-    """Labels y (B,), with the null condition in place of those that `drop` (B,) marks (Eq. 2)."""
-    return torch.where(drop, num_classes, y)
+    """Labels y (B,) or tokens (B, L), some replaced by the null condition (Eq. 2).
+
+    drop (B,) marks them. The null condition is one class more, or the empty text.
+    """
+    if y.ndim == 1:
+        return torch.where(drop, num_classes, y)
+    return torch.where(drop[:, None], 0, y)
 
 
 # --------------------------------------------------------------- averages and learning rates
@@ -397,7 +460,7 @@ def velocity_network(cfg, shape):
     if len(shape) == 1:
         return MLP(shape[0], cfg.channels, cfg.blocks, cfg.time_scale, cfg.num_classes)
     return UNet(shape[0], cfg.channels, cfg.mult, cfg.blocks, cfg.attention, cfg.heads,
-                cfg.time_scale, cfg.patch_size, cfg.num_classes)
+                cfg.time_scale, cfg.patch_size, cfg.num_classes, cfg.condition == "text")
 
 
 def check_network(cfg, shape):
@@ -427,4 +490,5 @@ def discriminator(cfg, shape):
     """The discriminator for samples of `shape`."""
     if len(shape) == 1:
         return kaiming(PointDiscriminator(shape[0], cfg.disc_channels, cfg.num_classes))
-    return kaiming(ImageDiscriminator(shape, cfg.disc_channels, cfg.patch_size, cfg.num_classes))
+    return kaiming(ImageDiscriminator(shape, cfg.disc_channels, cfg.patch_size, cfg.num_classes,
+                                      cfg.condition == "text"))

@@ -216,6 +216,8 @@ def parse(argv=None):
                      help="seed of the noise; every NFE starts from the same noise [0]")
     how.add_argument("--class", type=int, nargs="+", dest="classes", metavar="K",
                      help="a conditional network: the classes to draw, in turn [all]")
+    how.add_argument("--prompt", nargs="+", metavar="TEXT", help="captions: what to draw, in turn, "
+                     "as 'a red cross left of a blue disc' [examples]; '' is the null condition")
     how.add_argument("--guidance", type=float, metavar="W", help="a conditional teacher: guide it "
                      "(Eq. 3); W = 1 is off, and any other W makes two calls per NFE [1]")
     how.add_argument("--solver", choices=("euler", "heun"), default="euler",
@@ -261,7 +263,7 @@ def main(argv=None):
     if args.dataset and cfg.dataset != args.dataset:
         raise UserError(f"{student} was trained on {cfg.dataset}, not on {args.dataset}; "
                         "leave --dataset out")
-    check_classes(args, cfg)
+    check_conditions(args, cfg)
     if args.npz:
         written = write_npz(args, networks[-1][1], tuple(content["shape"]), cfg)
     elif machine.FIRST:                            # one process draws a picture
@@ -288,11 +290,16 @@ def with_guidance(network, content, cfg, w):
     return Guided(network, w)
 
 
-def check_classes(args, cfg):
-    """UserError if --class does not fit the network."""
+def check_conditions(args, cfg):
+    """UserError if --class or --prompt does not fit the network."""
+    if args.prompt and cfg.condition != "text":
+        raise UserError("--prompt needs a network of captions, and this one is of "
+                        f"{'classes' if cfg.num_classes else 'no condition'}; leave it out, or "
+                        "train with --dataset captions")
     if args.classes and cfg.condition != "class":
-        raise UserError("--class needs a network of classes, and this one is unconditional; leave "
-                        "it out, or train with --condition class")
+        raise UserError("--class needs a network of classes, and this one is "
+                        f"{'of captions' if cfg.num_classes else 'unconditional'}; leave it out, "
+                        "or train with --condition class")
     for k in args.classes or ():
         if not 0 <= k < cfg.num_classes:
             raise UserError(f"--class {k} does not exist; the classes are 0 to "
@@ -308,7 +315,7 @@ def write_npz(args, network, shape, cfg):
     batch = args.batch or at_a_time(cfg.dataset)
     each = -(-n // machine.WORLD)
     mine = range(min(machine.RANK * each, n), min((machine.RANK + 1) * each, n))
-    y = conditions_of(cfg, args.classes)(n)
+    y = conditions_of(cfg, args.classes, args.prompt)(n)
 
     def batches():
         for i in tqdm(mine[::batch], desc=f"{nfe} NFE", unit="batch", disable=not machine.FIRST):
@@ -328,7 +335,7 @@ def write_picture(args, networks, shape, cfg, folder):
     title = f"{cfg.dataset}, {args.solver}, seed {args.seed}"
     if args.guidance not in (None, 1):
         title += f", w = {args.guidance:g} (two calls per NFE)"
-    conditions = conditions_of(cfg, args.classes)
+    conditions = conditions_of(cfg, args.classes, args.prompt)
     if args.gif:
         if not points or name == "teacher":
             raise UserError("--gif takes a student of points, with the teacher.pt beside it; "

@@ -69,7 +69,7 @@ def scflow_step(net, batch, step, cfg, draws):
         loss = loss + cfg.l_bi * terms["bi"]
 
     # step theta (inputs=theta leaves no gradient in D), then theta~ <- mu theta~ + (1 - mu) theta
-    theta = list(net.student.parameters())
+    theta = [p for p in net.student.parameters() if p.requires_grad]
     loss.backward(inputs=theta)
     terms["grad_norm"] = torch.nn.utils.get_total_norm([p.grad for p in theta])
     net.opt.step()
@@ -111,6 +111,8 @@ def begin(teacher, start, cfg, shape, device):
     for network in vars(net).values():
         machine.prepare(network, cfg, device)
     net.teacher = Guided(teacher, cfg.guidance)    # the teacher alone is guided (Eq. 3)
+    if cfg.condition == "text":                    # the text encoder stays the teacher's
+        net.student.text.requires_grad_(False)
     net.student, net.disc = machine.share(net.student), machine.share(net.disc)
     net.opt = AdamW(net.student.parameters(), cfg.lr, cfg.betas, weight_decay=0.0, fused=True)
     net.opt_disc = AdamW(net.disc.parameters(), cfg.disc_lr, cfg.disc_betas, weight_decay=0.0,

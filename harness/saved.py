@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import captions
 from config import LATENT_SETS, MACHINE, POINT_SETS, Config
 from harness import UserError, checkpoint, machine
 from harness.pictures import to_uint8
@@ -68,14 +69,18 @@ def unconditional(n):
     return None
 
 
-def conditions_of(cfg, classes=()):
-    """A function n -> conditions of n samples, int64 (n,): the classes in turn, by default all.
+def conditions_of(cfg, classes=(), prompts=()):
+    """A function n -> conditions of n samples: the classes (n,) or prompts (n, L) in turn.
 
-    It returns None if the network is unconditional.
+    Without a choice these are all classes, or examples. It returns None if the network is
+    unconditional. Raises UserError for a prompt with unknown words.
     """
     if cfg.condition == "none":
         return unconditional
-    chosen = torch.tensor(classes or range(cfg.num_classes))
+    if cfg.condition == "text":
+        chosen = captions.tokens(prompts or captions.EXAMPLES)
+    else:
+        chosen = torch.tensor(classes or range(cfg.num_classes))
     return lambda n: chosen[torch.arange(n) % len(chosen)]
 
 

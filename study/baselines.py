@@ -29,7 +29,7 @@ FAKE_STEPS = 5                     # online-flow updates per generator update, a
 
 def learn(net, cfg, loss):
     """Steps theta by the gradient of loss, then its average; returns the gradient's norm."""
-    theta = list(net.student.parameters())
+    theta = [p for p in net.student.parameters() if p.requires_grad]
     loss.backward(inputs=theta)
     grad_norm = torch.nn.utils.get_total_norm([p.grad for p in theta])
     net.opt.step()
@@ -66,7 +66,8 @@ class Pairs:
 
     cfg.pairs pairs, float32, by cfg.pair_steps steps, each with a condition y if the network takes
     one. z0 is kept in a file of `folder`. Rows that are not made yet are NaN, so an interrupted run
-    can continue; each process makes its own slice. Raises UserError if the disk is too full or the file is damaged.
+    can continue; each process makes its own slice. Raises UserError if the disk is too full or the
+    file is damaged.
     """
 
     def __init__(self, folder, network, dataset, cfg, seed, device):

@@ -124,6 +124,8 @@ def extractor(cfg, spec=None, device="cpu"):
     classes = None
     if spec is not None:
         name, function = spec, function_of(spec)
+    elif cfg.dataset == "captions":
+        name, function = "means of 4 x 4 pixels", lambda x: F.avg_pool2d(x, 4).flatten(1)
     elif cfg.dataset in LATENT_SETS:
         name, function = "Inception features", inception(device)
     else:
