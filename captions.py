@@ -133,6 +133,11 @@ class Captions:
 # -------------------------------------------------------------------------------------- judge
 
 
+def mask_of(pictures):
+    """How much an object covers each pixel, (n, 3, h, w) -> (n, h, w); faint noise counts as 0."""
+    return ((pictures.amax(1) + 0.2) / 1.2).clamp(0, 1)
+
+
 def moments(mask):
     """Mass, centre u and v, and spread of masks (n, h, w), each float (n,), in pixels."""
     v, u = torch.meshgrid(*(torch.arange(k) + 0.5 for k in mask.shape[1:]), indexing="ij")
@@ -159,8 +164,7 @@ def what(picture):
 
     The colour is the nearest direction of the mean rgb, the shape the nearest template.
     """
-    light = ((picture + 1) / 2).clamp(0, 1)
-    mask = light.amax(1)
+    light, mask = ((picture + 1) / 2).clamp(0, 1), mask_of(picture)
     rgb = torch.tensor(list(COLOURS.values()), dtype=torch.float32)
     mean = F.normalize((light * mask[:, None]).sum((2, 3)), dim=1)
     every, middle = torch.arange(len(SHAPES))[:, None], torch.full((len(SHAPES), 1), SIZE / 2)
@@ -188,7 +192,7 @@ def judge(pictures, y):
             asked = [y[rows, p + k] - WORDS.index(("red", "disc")[k]) for p in places]
             right[name][rows] = torch.stack([f[k] == a for f, a in zip(found, asked)]).all(0)
 
-        masses = [moments(((part + 1) / 2).clamp(0, 1).amax(1)) for part in parts]
+        masses = [moments(mask_of(part)) for part in parts]
         if kind == 0:
             right["relation"][rows] = masses[0][3] < 7.5       # a second object would spread it
         else:

@@ -62,7 +62,7 @@ class Config:
     time_scale: float = 10.0        # t is multiplied by this before its sinusoidal features
     patch_size: int = 1             # UNet: p x p pixels are folded into channels first
     condition: Literal["none", "class", "text"] = "none"  # what the networks are told of a sample
-    num_classes: int = 0            # classes or words; follows from the data, not a flag to give
+    num_classes: int = 0            # classes, or words of captions; follows from the data
 
     # -- teacher: flow matching (Eq. 1)
     teacher_steps: int = 4000       # iterations of pretraining
@@ -226,7 +226,7 @@ def make_config(dataset=Config.dataset, **given):
         raise UserError("--download is for celebahq alone; leave it out")
     if "gan" not in cfg.losses and "t_trunc" not in given:
         cfg = replace(cfg, t_trunc=0.0)
-    cfg = with_classes(cfg, given)
+    cfg = with_classes(cfg)
     if dataset in LATENT_SETS:                         # so that a checkpoint works from any folder
         data_dir = str(Path(cfg.data_dir).absolute()) if cfg.data_dir else ""
         files = tuple(str(Path(f).absolute()) for f in cfg.vae_weights)
@@ -235,11 +235,8 @@ def make_config(dataset=Config.dataset, **given):
     return cfg
 
 
-def with_classes(cfg, given):
+def with_classes(cfg):
     """cfg with the number of classes; UserError if condition and guidance do not fit the data."""
-    if "num_classes" in given:
-        raise UserError("the number of classes follows from --condition class and the data; leave "
-                        "--num-classes out")
     if cfg.condition == "none":
         if cfg.guidance != 1:
             raise UserError(f"--guidance {cfg.guidance} needs a condition; add --condition class "
@@ -299,7 +296,8 @@ def complaint(name, kind, value):
         return ""
     low = 1 if name in AT_LEAST_1 else 0
     if not math.isfinite(value) or value < low or value == 0 and name in POSITIVE:
-        return "larger than 0" if name in POSITIVE else f"at least {low}, and finite"
+        return "larger than 0" if name in POSITIVE else f"at least {low}" + (
+            "" if kind is int else ", and finite")
     # PyTorch's generators take 32 bits of a seed, and no machine has so many of anything else
     if kind is int and value >= (1024 if name == "threads" else 2**31):
         return f"below {'1024' if name == 'threads' else '2^31'}"

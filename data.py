@@ -100,9 +100,9 @@ def labelled_points(name, n, generator=None):
         ], dim=1) + 0.08 * normal()
         mean, variance = (0.5, 0.25), (0.75 + 0.5625 - 1 / math.pi) / 2 + 0.08**2
     elif name == "checkerboard":                   # 8 of the 16 unit squares of [-2, 2]^2
-        x1 = 4 * uniform() - 2
-        x2 = uniform() - 2 * (uniform() < 0.5) + x1.floor() % 2
-        x = torch.stack([x1, x2], dim=1)
+        a = 4 * uniform() - 2
+        b = uniform() - 2 * (uniform() < 0.5) + a.floor() % 2
+        x = torch.stack([a, b], dim=1)
         mean, variance = (0.0, 0.0), 4 / 3
     else:                                          # spirals: two arms, one and a half turns each
         angle = 3 * math.pi * uniform().sqrt()
@@ -140,7 +140,7 @@ class Images:
     """Images in memory, uint8 (N, C, H, W); batches are float32 in [-1, 1]."""
 
     def __init__(self, images, device="cpu", labels=None):
-        self.key = key_of(images)
+        self.key = key_of(images, labels)
         self.images = images.to(device)
         self.labels = None if labels is None else labels.to(device)
         self.shape, self.size = tuple(images.shape[1:]), len(images)
@@ -159,9 +159,12 @@ class Images:
         return z0
 
 
-def key_of(images):
-    """The number of images (N, C, H, W) and a checksum of all their pixels, as a short text."""
-    return f"{len(images)}-{zlib.crc32(images.contiguous().numpy()):08x}"
+def key_of(images, labels=None):
+    """The number of images (N, C, H, W), and a checksum of their pixels and labels, as a text."""
+    checksum = zlib.crc32(images.contiguous().numpy())
+    if labels is not None:
+        checksum = zlib.crc32(labels.contiguous().numpy(), checksum)
+    return f"{len(images)}-{checksum:08x}"
 
 
 def mnist(data_dir, train=True):
@@ -190,6 +193,9 @@ def mnist(data_dir, train=True):
         raise UserError(f"{raw} has {len(files.data)} images of {files.data.shape[1]} x "
                         f"{files.data.shape[2]} and {len(files.targets)} labels, not {expected} "
                         f"of 28 x 28; {advice}")
+    if not 0 <= files.targets.min() <= files.targets.max() <= 9:
+        raise UserError(f"{raw} has labels from {files.targets.min()} to {files.targets.max()}, "
+                        f"not from 0 to 9; {advice}")
     return files.data[:, None], files.targets
 
 
@@ -255,4 +261,7 @@ def key(cfg):
         return latents.data_key(cfg)
     if cfg.dataset == "captions":
         return captions.Captions.key
-    return key_of(mnist(cfg.data_dir)[0]) if cfg.dataset == "mnist" else ""
+    if cfg.dataset == "mnist":
+        images, labels = mnist(cfg.data_dir)
+        return key_of(images, labels if cfg.condition == "class" else None)
+    return ""

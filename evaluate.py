@@ -233,7 +233,7 @@ def measure(name, network, nfes, reference, shape, n, seed=0, solver="euler", ba
     of a sample from the one-step sample of the same noise. spread: std divided by the data's.
     per_second: samples, decoding included. Raises UserError if a sample is not finite.
     """
-    calls = 2 if getattr(network, "w", 1) != 1 else 1
+    calls = sample.calls(network)
     steps = [k // calls for k in nfes if k % calls == 0]
     rows, one_step = [], {}                        # {first sample of a batch: its one-step samples}
     for k in sorted({1, *steps}):
@@ -324,8 +324,8 @@ def write(out, dataset, reference, rows, text, **more):
 # -------------------------------------------------------------------------------- command line
 
 
-def networks_of(paths, **given):
-    """Opens the checkpoints, and the teacher.pt beside each.
+def networks_of(paths, guidance=(None,), **given):
+    """Opens the checkpoints, and the teacher.pt beside each, guided with each of `guidance`.
 
     Returns (teachers, students, content, cfg): [(name, network), ...] twice, and the content and
     settings of the first checkpoint. A teacher that several runs share comes once. Raises
@@ -333,22 +333,26 @@ def networks_of(paths, **given):
     """
     opened = [sample.open_network(path, **given) for path in paths]
     _, content, cfg = opened[0]
-    settings = ("dataset", "image_size", "vae", *["data_dir"] * ("data" not in content))
+    settings = ("dataset", "image_size", "vae", "condition", "num_classes",
+                *["data_dir"] * ("data" not in content))
     for _, other, other_cfg in opened[1:]:
         clash = differences(cfg, other_cfg, settings)
         if clash or content.get("data", "") != other.get("data", ""):
             clash = clash or "their files differ"
             raise UserError(f"these checkpoints were trained on other data: {clash}; one table "
-                            "holds runs of one data set")
+                            "holds runs of one data set and condition")
 
     teachers = {}
     for beside in (path.with_name("teacher.pt") for path in paths):
         if beside.exists() and beside not in paths:
             network, about, its = sample.open_network(beside, **given)
             key = about.get("data"), *(getattr(its, name) for name in identity(its, "teacher"))
-            teachers.setdefault(key, (f"teacher of {beside.parent.name}", network))
+            guided = [(w, sample.with_guidance(network, about, its, w)) for w in guidance]
+            teachers.setdefault(key, (f"teacher of {beside.parent.name}", guided))
     if len(teachers) == 1:
-        teachers = {key: ("teacher", network) for key, (_, network) in teachers.items()}
+        teachers = {key: ("teacher", guided) for key, (_, guided) in teachers.items()}
+    teachers = [(name if w is None else f"{name}, w = {w:g}", network)
+                for name, guided in teachers.values() for w, network in guided]
 
     names = [path.parent.name for path in paths]
     if len(set(names)) < len(paths):
@@ -356,7 +360,7 @@ def networks_of(paths, **given):
     if len(paths) == 1:
         names = [content["kind"].split()[0]]
     students = zip(names, (network for network, _, _ in opened))
-    return list(teachers.values()), list(students), content, cfg
+    return teachers, list(students), content, cfg
 
 
 def parse(parser, argv, names, seeds, out):
@@ -412,16 +416,19 @@ def main(argv=None):
     group.add_argument("--dataset", choices=DATASETS, help="the newest student of this data set")
     group.add_argument("--median", action="store_true", help="print the medians over the "
                        "checkpoints, which are the same run with other seeds")
-    group.add_argument("--guidance", type=float, nargs="+", default=[1.0], metavar="W", help=(
+    group.add_argument("--guidance", type=float, nargs="+", default=[None], metavar="W", help=(
         "conditional teachers: guide them with each of these w (Eq. 3) [1]"))
     args = parse(parser, argv, OPENING, "measure with so many seeds of the noise; the tables show "
                  "medians and half the range [1]", "evaluation beside the checkpoint")
 
     paths = [Path(p) for p in args.checkpoint or [sample.find_student(args.dataset)]]
-    teachers, students, content, cfg = networks_of(paths, **given_flags(args, OPENING))
-    if args.guidance != [1.0]:
-        teachers = [(f"{name}, w = {w:g}", sample.with_guidance(network, {"kind": name}, cfg, w))
-                    for name, network in teachers for w in args.guidance]
+    teachers, students, content, cfg = networks_of(paths, args.guidance,
+                                                   **given_flags(args, OPENING))
+    if args.guidance != [None] and not teachers:
+        raise UserError("--guidance is for the teacher.pt beside a student; name a student by "
+                        "--checkpoint")
+    if args.guidance != [None] and args.solver == "heun":
+        raise UserError("--guidance and --solver heun exclude each other; leave one out")
     if args.dataset and cfg.dataset != args.dataset:
         raise UserError(f"{paths[0]} was trained on {cfg.dataset}, not on {args.dataset}; leave "
                         "--dataset out")

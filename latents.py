@@ -388,7 +388,11 @@ def labels_of(images, path):
     """The class of each row of a file of latents, int64 (N,)."""
     number = {name: i for i, name in enumerate(class_names(images))}
     skips = path.with_suffix(".json")
-    skipped = set(json.loads(skips.read_text())) if skips.exists() else ()
+    try:
+        skipped = set(json.loads(skips.read_text())) if skips.exists() else ()
+    except (ValueError, TypeError) as e:
+        raise UserError(f"{skips} is damaged; delete it and {path}, and the images are encoded "
+                        "again") from e
     return torch.tensor([number[re.split(r"[/\\]", name)[0]] for name, _ in images.files
                          if name not in skipped])
 
@@ -522,7 +526,7 @@ def fidelity(images, latents, size, n):
     """
     means, n, psnr = latents.array[:, 0, 0], min(n, latents.size), []
     starts = tqdm(range(0, n, AT_A_TIME), desc="decoding", unit="batch")
-    for start, pixels in zip(starts, batches(images, size, [])):
+    for start, pixels in zip(starts, batches(images, size, {})):
         x = from_uint8(pixels[:n - start])
         mean = torch.from_numpy(means[start : start + len(x)].astype(np.float32))
         error = latents.decode(latents.codec.sample(mean.to(latents.device))) - x

@@ -73,12 +73,12 @@ def consistency_loss(f_t, f_lo, z0, t, t_lo, t_trunc, truncation="landing", metr
     """Truncated consistency (Eq. 8): f(zt, t) matches f~(z_lo, t_lo), or z0 itself near the data.
 
     f_t is f_theta(zt, t); f_lo is f_theta~(z_lo, t_lo) after the teacher's step down to t_lo.
-    The target is z0 if t_lo < t_trunc ("landing", the official code) or if t <= t_trunc ("current",
+    The goal is z0 if t_lo < t_trunc ("landing", the official code) or if t <= t_trunc ("current",
     the paper). t_trunc = 0 is plain consistency distillation.
     """
     near_data = t_lo < t_trunc if truncation == "landing" else t <= t_trunc   # (B,)
-    target = torch.where(expand(near_data, z0), z0, f_lo)
-    return distance(f_t, target.detach(), metric, c)
+    goal = torch.where(expand(near_data, z0), z0, f_lo)
+    return distance(f_t, goal.detach(), metric, c)
 
 
 def bidirectional_loss(f_t, f_hi, metric="pseudo-huber", c=0.01):

@@ -120,12 +120,12 @@ class PointDiscriminator(Network):
 class Head(nn.Module):
     """Last layer of a discriminator; conditions enter by projection (Miyato and Koyama, 2018)."""
 
-    def __init__(self, channels, num_classes=0, text=False):
+    def __init__(self, channels, num_classes=0, num_words=0):
         super().__init__()
         self.linear = nn.Linear(channels, 1)
-        self.label_emb = LabelEmbedding(num_classes, channels) if num_classes and not text else None
-        self.text = Text(num_classes) if text else None
-        self.text_emb = nn.Linear(64, channels) if text else None
+        self.label_emb = LabelEmbedding(num_classes, channels) if num_classes else None
+        self.text = Text(num_words) if num_words else None
+        self.text_emb = nn.Linear(64, channels) if num_words else None
 
     def forward(self, h, y=None):
         logits = self.linear(h).squeeze(1)                                # (B,)
@@ -145,6 +145,13 @@ def norm(channels):
     return nn.GroupNorm(math.gcd(32, max(channels // 4, 1)), channels)
 
 
+def zeroed(layer):
+    """The layer, with weights and bias set to zero."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
 class ResBlock(nn.Module):
     """Residual block of ADM: time scales and shifts the second norm; the last conv starts at 0."""
 
@@ -157,10 +164,8 @@ class ResBlock(nn.Module):
         # ADM has dropout in place of the identity; with it, the keys of its checkpoints fit
         self.out_layers = nn.Sequential(
             norm(out_channels), nn.SiLU(), nn.Identity(),
-            nn.Conv2d(out_channels, out_channels, 3, padding=1),
+            zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
         )
-        nn.init.zeros_(self.out_layers[3].weight)
-        nn.init.zeros_(self.out_layers[3].bias)
         same = channels == out_channels
         self.skip_connection = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
 
@@ -179,9 +184,7 @@ class Attention(nn.Module):
         self.heads = heads
         self.norm = norm(channels)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
-        self.proj_out = nn.Conv1d(channels, channels, 1)
-        nn.init.zeros_(self.proj_out.weight)
-        nn.init.zeros_(self.proj_out.bias)
+        self.proj_out = zeroed(nn.Conv1d(channels, channels, 1))
 
     def forward(self, x, emb):
         height, width = x.shape[2:]
@@ -201,9 +204,7 @@ class CrossAttention(nn.Module):
         self.norm = norm(channels)
         self.q = nn.Linear(channels, channels)
         self.kv = nn.Linear(text_channels, 2 * channels)
-        self.proj_out = nn.Linear(channels, channels)
-        nn.init.zeros_(self.proj_out.weight)
-        nn.init.zeros_(self.proj_out.bias)
+        self.proj_out = zeroed(nn.Linear(channels, channels))
 
     def forward(self, x, words):
         height, width = x.shape[2:]
@@ -258,7 +259,7 @@ class UNet(VelocityNetwork):
     """
 
     def __init__(self, in_channels=4, channels=256, mult=(1, 2, 2, 2), blocks=2, attention=(3,),
-                 heads=4, time_scale=1.0, patch_size=1, num_classes=0, text=False):
+                 heads=4, time_scale=1.0, patch_size=1, num_classes=0, num_words=0):
         super().__init__()
         self.channels, self.time_scale, self.patch_size = channels, time_scale, patch_size
         self.divisor = patch_size * 2 ** (len(mult) - 1)                  # of height and width
@@ -266,15 +267,14 @@ class UNet(VelocityNetwork):
         self.time_embed = Float32(
             nn.Linear(channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
         )
-        self.label_emb = None
-        if num_classes and not text:
-            self.label_emb = LabelEmbedding(num_classes, emb_channels)
-        self.text = Text(num_classes) if text else None
-        self.text_emb = Float32(nn.Linear(64, emb_channels)) if text else None
+        self.label_emb = LabelEmbedding(num_classes, emb_channels) if num_classes else None
+        self.text = Text(num_words) if num_words else None
+        self.text_emb = Float32(nn.Linear(64, emb_channels)) if num_words else None
 
-        def attend(level, ch):
-            layers = [Attention(ch, heads)] if level in attention else []
-            return layers + [CrossAttention(ch, heads)] * (text and level == len(mult) - 1)
+        def attend(ch, level, always=False):
+            layers = [Attention(ch, heads)] if always or level in attention else []
+            reads = num_words and level == len(mult) - 1
+            return layers + ([CrossAttention(ch, heads)] if reads else [])
 
         # down: the output of every stage is kept for the way up
         folded, ch = in_channels * patch_size**2, channels
@@ -283,7 +283,7 @@ class UNet(VelocityNetwork):
         for level, m in enumerate(mult):
             for _ in range(blocks):
                 out = m * channels
-                layers = [ResBlock(ch, emb_channels, out), *attend(level, out)]
+                layers = [ResBlock(ch, emb_channels, out), *attend(out, level)]
                 self.input_blocks.append(Stage(layers))
                 ch = out
                 kept.append(ch)
@@ -292,8 +292,8 @@ class UNet(VelocityNetwork):
                 kept.append(ch)
 
         self.middle_block = Stage([
-            ResBlock(ch, emb_channels, ch), Attention(ch, heads),
-            *[CrossAttention(ch, heads)] * text, ResBlock(ch, emb_channels, ch)
+            ResBlock(ch, emb_channels, ch), *attend(ch, level, always=True),
+            ResBlock(ch, emb_channels, ch)
         ])
 
         # up: one block more per level than on the way down; each also takes a kept output
@@ -301,15 +301,13 @@ class UNet(VelocityNetwork):
         for level, m in reversed(list(enumerate(mult))):
             for i in range(blocks + 1):
                 out = m * channels
-                layers = [ResBlock(ch + kept.pop(), emb_channels, out), *attend(level, out)]
+                layers = [ResBlock(ch + kept.pop(), emb_channels, out), *attend(out, level)]
                 if level > 0 and i == blocks:
                     layers.append(Upsample(out))
                 self.output_blocks.append(Stage(layers))
                 ch = out
 
-        self.out = nn.Sequential(norm(ch), nn.SiLU(), nn.Conv2d(ch, folded, 3, padding=1))
-        nn.init.zeros_(self.out[2].weight)
-        nn.init.zeros_(self.out[2].bias)
+        self.out = nn.Sequential(norm(ch), nn.SiLU(), zeroed(nn.Conv2d(ch, folded, 3, padding=1)))
 
     def forward(self, zt, t, y=None):
         if zt.shape[2] % self.divisor or zt.shape[3] % self.divisor:
@@ -357,7 +355,7 @@ class DownBlock(nn.Module):
 class ImageDiscriminator(Network):
     """D(z) of images or latents, (B, C, H, W) -> (B,) logits: residual blocks down to 4 x 4."""
 
-    def __init__(self, shape, channels=64, patch_size=1, num_classes=0, text=False):
+    def __init__(self, shape, channels=64, patch_size=1, num_classes=0, num_words=0):
         super().__init__()
         self.patch_size = patch_size
         c, size = shape[0] * patch_size**2, shape[1] // patch_size
@@ -369,7 +367,7 @@ class ImageDiscriminator(Network):
             ch, size = out, (size + 1) // 2
         self.blocks = nn.Sequential(*blocks)
         self.dense = nn.Linear(ch * size * size, ch)
-        self.head = Head(ch, num_classes, text)
+        self.head = Head(ch, num_classes, num_words)
 
     def forward(self, z, y=None):
         p = self.patch_size
@@ -460,7 +458,7 @@ def velocity_network(cfg, shape):
     if len(shape) == 1:
         return MLP(shape[0], cfg.channels, cfg.blocks, cfg.time_scale, cfg.num_classes)
     return UNet(shape[0], cfg.channels, cfg.mult, cfg.blocks, cfg.attention, cfg.heads,
-                cfg.time_scale, cfg.patch_size, cfg.num_classes, cfg.condition == "text")
+                cfg.time_scale, cfg.patch_size, *classes_and_words(cfg))
 
 
 def check_network(cfg, shape):
@@ -478,17 +476,23 @@ def check_network(cfg, shape):
         raise UserError(f"--attention {' '.join(map(str, cfg.attention))} names a level that does "
                         f"not exist; --mult makes the levels 0 to {len(widths) - 1}")
     if shape[1] % divisor or shape[2] % divisor:
-        size = f"images of {shape[1]} x {shape[2]}"
+        size = f"{shape[1]} x {shape[2]}"
         if cfg.dataset in LATENT_SETS:
             size = f"--image-size {cfg.image_size}"
             divisor *= LATENT_DOWNSAMPLING
-        raise UserError(f"this network needs image sizes that are multiples of {divisor}; {size} "
-                        "is not; choose another size or --patch-size, or fewer levels by --mult")
+        raise UserError(f"this network needs image sizes that are multiples of {divisor}, which "
+                        f"{size} is not; choose another size or --patch-size, or fewer levels by "
+                        "--mult")
 
 
 def discriminator(cfg, shape):
     """The discriminator for samples of `shape`."""
     if len(shape) == 1:
         return kaiming(PointDiscriminator(shape[0], cfg.disc_channels, cfg.num_classes))
-    return kaiming(ImageDiscriminator(shape, cfg.disc_channels, cfg.patch_size, cfg.num_classes,
-                                      cfg.condition == "text"))
+    return kaiming(ImageDiscriminator(shape, cfg.disc_channels, cfg.patch_size,
+                                      *classes_and_words(cfg)))
+
+
+def classes_and_words(cfg):
+    """(number of classes, number of words): what the networks are told, and 0 for the other."""
+    return (0, cfg.num_classes) if cfg.condition == "text" else (cfg.num_classes, 0)

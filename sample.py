@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from config import DATASETS, LATENT_DOWNSAMPLING, LATENT_SETS, MACHINE
+from config import DATASETS, LATENT_DOWNSAMPLING, LATENT_SETS, MACHINE, words
 from harness import UserError, machine, pictures
 from harness.saved import (at_a_time, conditions_of, find_student, npz_name, open_decoder,
                            open_network, same, save_npz, unconditional)
@@ -120,6 +120,11 @@ def draw(model, shape, n, nfe, seed=0, solver="euler", batch=500, device="cpu", 
 # ---------------------------------------------------------------------------------- pictures
 
 
+def calls(network):
+    """Network calls per step: two if it is guided."""
+    return 2 if getattr(network, "w", 1) != 1 else 1
+
+
 def strips(path, networks, shape, nfes, seed=0, device="cpu", solver="euler", data=None, title=None,
            columns=10, decode=same, across=False, conditions=unconditional):
     """Figure 5: the same noise at every NFE. networks is [(name, network, its NFEs or None), ...].
@@ -136,8 +141,9 @@ def strips(path, networks, shape, nfes, seed=0, device="cpu", solver="euler", da
         if points:
             rows.append((name, [role] * len(cells), list(cells.values())))
         else:
-            rows += [(f"{name}, {k} NFE", role, list(decode(z))) for k, z in cells.items()]
-    heads = [f"{k} NFE" for k in nfes] if points else []
+            rows += [(f"{name}, {k * calls(network)} NFE", role, list(decode(z)))
+                     for k, z in cells.items()]
+    heads = [f"{k * calls(networks[0][1])} NFE" for k in nfes] if points else []
     if data is not None and points:                # only beside the first row
         heads.append("data")
         name, colours, cells = rows[0]
@@ -157,12 +163,12 @@ def trajectory(file, networks, shape, nfe, seed=0, device="cpu", solver="euler",
     for name, network in networks:
         steps = list(path(network, shape, n, nfe, seed, solver, device, y=conditions(n)))
         if len(shape) == 1:
-            rows.append((f"{name}, {nfe} NFE", name, steps))
+            rows.append((f"{name}, {nfe * calls(network)} NFE", name, steps))
             continue
         for i in range(n):
             zt = decode(torch.stack([zt[i] for _, zt, _ in steps]))
             f = decode(torch.stack([f[i] for _, _, f in steps[:-1]]))
-            rows += [(f"{name}: zt", name, list(zt)), ("z0-prediction", name, [*f, None])]
+            rows += [(f"{name}: zt", name, list(zt)), ("f(zt, t)", name, [*f, None])]
     if len(shape) == 1:
         return pictures.paths(file, rows, title)
     return pictures.grid(file, rows, [f"t = {t:.2g}" for t, _, _ in steps], title)
@@ -219,7 +225,7 @@ def parse(argv=None):
     how.add_argument("--prompt", nargs="+", metavar="TEXT", help="captions: what to draw, in turn, "
                      "as 'a red cross left of a blue disc' [examples]; '' is the null condition")
     how.add_argument("--guidance", type=float, metavar="W", help="a conditional teacher: guide it "
-                     "(Eq. 3); W = 1 is off, and any other W makes two calls per NFE [1]")
+                     "(Eq. 3). W = 1 is off; any other W makes --nfe steps of two calls each [1]")
     how.add_argument("--solver", choices=("euler", "heun"), default="euler",
                      help="heun is of second order and takes an odd NFE [euler]")
     how.add_argument("--stochastic", action="store_true",
@@ -250,6 +256,9 @@ def parse(argv=None):
 def main(argv=None):
     args = parse(argv)
     student = Path(args.checkpoint or find_student(args.dataset))
+    if not student.is_file():
+        raise UserError(f"there is no checkpoint {student}; train one with train.py, or name "
+                        "another")
     teacher = student.with_name("teacher.pt")
     files = [teacher] if args.teacher else [student]
     both = args.trajectory and args.teacher is None and teacher.exists() and teacher != student
@@ -334,21 +343,24 @@ def write_picture(args, networks, shape, cfg, folder):
     latent, device = cfg.dataset in LATENT_SETS, next(network.parameters()).device
     title = f"{cfg.dataset}, {args.solver}, seed {args.seed}"
     if args.guidance not in (None, 1):
-        title += f", w = {args.guidance:g} (two calls per NFE)"
+        title += f", w = {args.guidance:g}"
     conditions = conditions_of(cfg, args.classes, args.prompt)
     if args.gif:
         if not points or name == "teacher":
             raise UserError("--gif takes a student of points, with the teacher.pt beside it; "
                             "--trajectory shows the path of images")
         return film(args.out or folder / "samples" / "film.gif", networks[0][1], network, shape,
-                    args.seed, device, f"{cfg.dataset}: samples after so many network calls",
+                    args.seed, device, f"{cfg.dataset}: samples after each network call",
                     conditions=conditions)
 
     decode, nfe = open_decoder(cfg), args.nfe[0]
     suffix = "" if args.solver == "euler" else f"-{args.solver}"
+    if args.classes:
+        suffix += "-class" + "-".join(map(str, args.classes))
+        title += f", classes {words(args.classes)}"
     kind = "trajectory" if args.trajectory else name
-    calls = "-".join(map(str, args.nfe))
-    out = args.out or folder / "samples" / f"{kind}-nfe{calls}{suffix}-seed{args.seed}.png"
+    numbers = "-".join(map(str, args.nfe))
+    out = args.out or folder / "samples" / f"{kind}-nfe{numbers}{suffix}-seed{args.seed}.png"
     if args.trajectory:
         return trajectory(out, networks, shape, nfe, args.seed, device, args.solver, title, decode,
                           conditions)
@@ -363,7 +375,7 @@ def write_picture(args, networks, shape, cfg, folder):
                         "--npz FILE writes any number")
     z = decode(draw(network, shape, n, nfe, args.seed, args.solver,
                     args.batch or at_a_time(cfg.dataset), device, y=conditions(n)))
-    title = f"{name}, {nfe} NFE\n{title}"
+    title = f"{name}, {nfe * calls(network)} NFE\n{title}"
     if points:
         return pictures.grid(out, [("", name, [z])], title=title)
     return pictures.tiles(out, z, min(n, 8 if latent else 16), title)

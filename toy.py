@@ -30,9 +30,9 @@ class MLP(nn.Sequential):
 
 
 def checkerboard(n):
-    x1 = 4 * torch.rand(n) - 2
-    x2 = torch.rand(n) - 2 * (torch.rand(n) < 0.5) + x1.floor() % 2
-    return torch.stack([x1, x2], dim=1) / (4 / 3) ** 0.5   # its std is 1
+    a = 4 * torch.rand(n) - 2
+    b = torch.rand(n) - 2 * (torch.rand(n) < 0.5) + a.floor() % 2
+    return torch.stack([a, b], dim=1) / (4 / 3) ** 0.5   # its std is 1
 
 
 def student_loss(teacher, student, target, disc, opt_disc, z0, step):
@@ -88,12 +88,12 @@ def main(steps=3500):
         for average, p in zip(target.parameters(), student.parameters()):
             average.data.lerp_(p.data, 1 - 0.9)    # theta~ <- 0.9 theta~ + 0.1 theta
 
-    _, axes = plt.subplots(2, 3, figsize=(7.5, 5.2), layout="constrained")
-    for row, model, name in zip(axes, (teacher, student), ("teacher", "student")):
+    z1, (_, axes) = torch.randn(4000, 2), plt.subplots(2, 3, figsize=(7.5, 5.2))
+    for row, model, name, c in zip(axes, (teacher, student), ("teacher", "student"), "rb"):
         for ax, nfe in zip(row, (1, 2, 4)):
-            ax.scatter(*sample(model, torch.randn(4000, 2), nfe).T, s=1)
-            ax.set(title=f"{name}, NFE {nfe}", xlim=(-2.6, 2.6), ylim=(-2.6, 2.6), aspect="equal")
-    plt.savefig("toy.png")
+            ax.scatter(*sample(model, z1, nfe).T, s=1, c=c)
+            ax.set(title=f"{name}, {nfe} NFE", xlim=(-2.6, 2.6), ylim=(-2.6, 2.6), aspect="equal")
+    plt.savefig("toy.png"), print("wrote toy.png")
 
 
 if __name__ == "__main__":

@@ -131,6 +131,9 @@ def train(run):
     if run.finished():
         return run.path("student")
     teacher_path = start_path = find_or_train(run)
+    if late := set(cfg.losses) - losses_in_use(cfg, cfg.steps - 1):
+        print(f"not in use, since {cfg.steps} iterations end before they begin: "
+              f"{' '.join(sorted(late))}")
     dataset, device = run.dataset, run.device
     run.discard_older()                            # all has been checked
     if cfg.method == "reflow-distill":             # first train a 2-RF, in a folder of its own

@@ -9,7 +9,6 @@ Published weights use torchvision's mechanism: a WeightsEnum whose members are d
 torch.hub into its cache. On a machine without a network, put the files there by hand.
 """
 
-import hashlib
 import os
 import re
 import tempfile
@@ -23,7 +22,7 @@ from torch import nn
 from torchvision.models import Weights, WeightsEnum
 
 from harness import UserError, first_line
-from harness.checkpoint import load_weights
+from harness.checkpoint import fingerprint, load_weights
 from harness.machine import FIRST, wait
 
 
@@ -350,11 +349,3 @@ def tiny_names(weights):
     first = weights.get("0.weight")                # an encoder's first layer takes 3 channels
     half = "encoder" if first is not None and first.shape[1:2] == (3,) else "decoder"
     return {f"{half}.{key}": value for key, value in weights.items()}
-
-
-def fingerprint(vae):
-    """12 hexadecimal digits that change with any weight: a part of the key of cached latents."""
-    digest = hashlib.sha256()
-    for key, value in sorted(vae.state_dict().items()):
-        digest.update(key.encode() + value.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:12]

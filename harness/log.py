@@ -96,8 +96,8 @@ class Log:
             for name, value in terms.items():
                 if not math.isfinite(value):
                     raise Diverged(f"{name} became {value} at step {step}, so the run stopped; "
-                                   "what was saved before is kept. Lower the learning rate, or "
-                                   "try --precision fp32")
+                                   "what was saved before is kept. Lower the learning rate; "
+                                   "if it ran in bf16, try --precision fp32")
 
         row = {"step": str(self.step)}
         for name in self.columns:
@@ -150,12 +150,8 @@ def is_whole(row):
 
 
 def curves(rows):
-    """Rows of a log -> {name: (steps, values)}."""
-    found = {}
-    for row in rows:
-        for name, value in row.items():
-            if name not in ("step", "per_second") and value:
-                steps, values = found.setdefault(name, ([], []))
-                steps.append(int(row["step"]))
-                values.append(float(value))
-    return found
+    """Rows of a log -> {name: (steps, values)}, in the order of its columns."""
+    names = [name for name in (rows[0] if rows else ()) if name not in ("step", "per_second")]
+    pairs = {name: [(int(row["step"]), float(row[name])) for row in rows if row.get(name)]
+             for name in names}
+    return {name: tuple(zip(*points)) for name, points in pairs.items() if points}

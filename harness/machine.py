@@ -26,8 +26,8 @@ def environment(name, default):
     return int(value) if value.isdigit() else default
 
 
-RANK = environment("RANK", 0)
 WORLD = environment("WORLD_SIZE", 1)
+RANK = environment("RANK", 0) if WORLD > 1 else 0
 LOCAL_RANK = environment("LOCAL_RANK", 0)
 FIRST = RANK == 0                  # the process that writes files and prints
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

@@ -71,6 +71,7 @@ def grid(path, rows, columns=None, title=None):
     points, width = cells[0].ndim == 2, max(len(row) for _, _, row in rows)
     large = not points and max(c.shape[-1] for c in cells) > 64
     side = 1.75 if points else min(1.15 if large else 0.78, 9.2 / width)
+    side = 3.5 if len(cells) == 1 else side
     height = side * len(rows) + 0.35 * bool(columns) + 0.35 * bool(title)
     with plt.rc_context(STYLE):
         fig, axes = plt.subplots(len(rows), width, squeeze=False,
@@ -167,7 +168,7 @@ def film(path, panels, title=None):
 
 
 def film_frame(panels, call, title):
-    """The film's picture after so many calls of the network, with 16 colours."""
+    """The film's picture after so many calls of the network, with 64 colours."""
     from PIL import Image
 
     with plt.rc_context(STYLE):
@@ -183,7 +184,7 @@ def film_frame(panels, call, title):
         fig.canvas.draw()
         pixels = np.asarray(fig.canvas.buffer_rgba())[..., :3]
         plt.close(fig)
-    return Image.fromarray(pixels).quantize(16, dither=Image.Dither.NONE)
+    return Image.fromarray(pixels).quantize(64, dither=Image.Dither.NONE)
 
 
 def losses(path, curves, title=None):

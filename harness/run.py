@@ -23,16 +23,18 @@ from harness.machine import FIRST
 from harness.saved import conditions_of, open_network
 from model import check_network, velocity_network
 
-WAYS = "--resume continues it, --overwrite starts anew, another --out keeps both"
+ANEW = "--overwrite starts anew, another --out keeps both"
 
 
 class Interrupted(KeyboardInterrupt):
     """A run stopped by Ctrl-C, its state saved; the message says how to continue."""
 
     def __init__(self, run, step, steps):
-        advice = "the same command continues" if run.go_on else (
-            "continue with the same command and --resume "
-            f"(--dataset {run.cfg.dataset} --out {run.home} --resume)")
+        again = "--resume instead of --overwrite" if run.cfg.overwrite else "and --resume"
+        advice = (f"continue with the same command {again} "
+                  f"(--dataset {run.cfg.dataset} --out {run.folder} --resume)")
+        if run.go_on or run.home != run.folder:    # a cell of a table, or a stage of a run
+            advice = "the same command continues" + ", without --overwrite" * run.cfg.overwrite
         super().__init__(f"stopped at step {step} of {steps} and saved; {advice}")
 
 
@@ -47,7 +49,7 @@ class Run:
 
     def __init__(self, cfg, given=(), go_on=False):
         self.folder = self.home = run_dir(cfg)
-        self.go_on = go_on
+        self.go_on, self.discarded = go_on, False
         if go_on:
             cfg = self.continued(cfg)
         elif cfg.resume:
@@ -62,11 +64,13 @@ class Run:
         machine.start(self.device)
 
     def __enter__(self):
-        self.stack = ExitStack()
+        self.stack, self.begun = ExitStack(), time.perf_counter()
         if FIRST:
             try:
                 self.stack.enter_context(checkpoint.locked(
                     self.folder / ".lock", f"is training in {self.folder}"))
+                for file in self.folder.glob("*.pt.*.part"):   # what a kill left
+                    file.unlink()
             except OSError as e:
                 raise UserError(f"cannot write to the folder {self.folder} ({e.strerror}); "
                                 "choose another with --out") from e
@@ -164,13 +168,14 @@ class Run:
         if not student.exists():
             if state.exists():
                 step = checkpoint.load(state, "student resume", mmap=True)["step"]
-                raise UserError(f"{self.folder} holds an unfinished student at step {step}; {WAYS}")
+                raise UserError(f"{self.folder} holds an unfinished student at step {step}; "
+                                f"--resume continues it, {ANEW}")
             return False
         if cfg.resume:
             raise UserError(f"{student} is finished, and there is no {state.name} to continue "
-                            "from; --overwrite starts anew, another --out keeps both")
+                            f"from; {ANEW}")
         if clash := self.clash(student, "student"):
-            raise UserError(f"{student} was trained with other {clash}; {WAYS}")
+            raise UserError(f"{student} was trained with other {clash}; {ANEW}")
         return True
 
     def discard_older(self, *results):
@@ -178,9 +183,11 @@ class Run:
 
         This happens only when all has been checked and the training begins.
         """
-        if FIRST and self.cfg.overwrite:
+        if FIRST and self.cfg.overwrite and not self.discarded:
+            self.discarded = True
             for file in (*results, self.path("student"), self.resume_file("student"),
-                         self.logfile("student"), *self.folder.glob("pairs-*.npy")):
+                         self.resume_file("teacher"), self.logfile("student"),
+                         *self.folder.glob("pairs-*.npy")):
                 file.unlink(missing_ok=True)
 
     def clash(self, path, kind):
@@ -218,7 +225,8 @@ class Run:
                                 "choose another --out")
         unfinished = self.resume_file("teacher").exists() and not own.exists()
         if unfinished and not (cfg.resume or cfg.overwrite):
-            raise UserError(f"{self.folder} holds an unfinished teacher; {WAYS}")
+            raise UserError(f"{self.folder} holds an unfinished teacher; --resume continues it, "
+                            f"{ANEW}")
         return None
 
     def adopted(self, path):
@@ -227,17 +235,20 @@ class Run:
         Raises UserError if the teacher does not fit the run.
         """
         own, cfg = self.path("teacher"), self.cfg
+        saved = checkpoint.config_of(checkpoint.load(path, "teacher", mmap=True))
+        if cfg.guidance != 1 and saved.p_null == 0:
+            raise UserError(f"{path} never saw the null condition (--p-null 0), so it cannot be "
+                            "guided; leave --guidance out, or name another teacher")
         if own.exists() and own.resolve() == path.resolve():
             return own
         content = checkpoint.load(path, "teacher")
-        saved = checkpoint.config_of(content)
         alike = saved.dataset == cfg.dataset or {saved.dataset, cfg.dataset} <= set(LATENT_SETS)
         if tuple(content["shape"]) != self.shape or not alike:
             raise UserError(f"{path} was trained on {saved.dataset}, samples of shape "
                             f"{tuple(content['shape'])}, and does not fit {cfg.dataset}; "
                             "name a teacher of this data set")
         checkpoint.load_weights(velocity_network(cfg, self.shape), content["ema"], path)
-        if own.exists() and not (cfg.overwrite or cfg.resume):
+        if own.exists() and not cfg.overwrite:
             older = checkpoint.config_of(checkpoint.load(own, "teacher", mmap=True))
             if checkpoint.differences(older, saved, identity(cfg, "teacher")):
                 raise UserError(f"{own} is another teacher than {path}; --overwrite replaces it, "
@@ -264,7 +275,10 @@ class Run:
         size = cfg.batch_size if kind == "student" else cfg.teacher_batch_size
         states = {name: machine.unwrap(part) for name, part in states.items()}
         start, seconds = self.restored(kind, states)
-        start, self.begun = max(start, first), time.perf_counter() - seconds
+        start, self.begun = max(start, first), self.begun - seconds
+        if start > steps:
+            raise UserError(f"{self.resume_file(kind)} is at step {start} already; choose "
+                            f"{start} steps or more")
 
         with Interrupt() as interrupt, Log(self.logfile(kind), columns, cfg.log_every, start,
                                            steps, size, kind) as log:
@@ -318,12 +332,13 @@ class Run:
     def finish(self, kind, ema):
         """Writes teacher.pt or student.pt and the pictures; returns its path."""
         steps = self.cfg.steps if kind == "student" else self.cfg.teacher_steps
-        if FIRST:                                  # or a kill would leave an older run's pictures
-            for picture in self.picture_paths(kind):
-                picture.unlink(missing_ok=True)
+        for picture in self.picture_paths(kind):   # or a kill would leave a shorter run's pictures
+            if FIRST and picture.is_file():
+                picture.unlink()
         checkpoint.save(self.path(kind), kind, self.cfg, self.shape, steps, ema=ema.state_dict(),
                         data=self.dataset.key, seconds=time.perf_counter() - self.begun)
         self.pictures(kind)
+        self.begun = time.perf_counter()           # of the student, after its teacher
         return self.path(kind)
 
     def picture_paths(self, kind):
@@ -334,13 +349,13 @@ class Run:
     def pictures(self, kind):
         """Draws the loss curves, and the samples of a student, if they are missing."""
         losses, *samples = self.picture_paths(kind)
-        if FIRST and not losses.exists():
+        if FIRST and not losses.is_file():
             rows = read_rows(self.logfile(kind))
             title = self.cfg.method if kind == "student" else "teacher"
             pictures.losses(losses, curves(rows), f"{title} on {self.cfg.dataset}")
-        if samples and not samples[0].exists():
+        if samples and not samples[0].is_file():
             self.strips(samples[0], self.dataset)
-        return [path for path in (*samples, losses) if path.exists()]
+        return [path for path in (*samples, losses) if path.is_file()]
 
     def strips(self, path, dataset):
         """Teacher, student and data over NFE (Figure 5)."""
@@ -353,6 +368,9 @@ class Run:
                     for kind, nfes in (("teacher", many), ("student", few))]
         shown = min(4000 if points else 10, dataset.size or 4000)
         draws = data.Draws(self.cfg.seed, stream=1, device=self.device, rank=0, world=1)
+        w = self.cfg.guidance
+        title = f"the student learnt the guided path, w = {w:g}; the teacher has w = 1"
         sample.strips(path, networks, self.shape, few, device=self.device, decode=dataset.decode,
+                      title=title if w != 1 else None,
                       data=dataset.batch(shown, draws)[0].cpu(),
                       conditions=conditions_of(self.cfg))

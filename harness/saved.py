@@ -1,6 +1,7 @@
 """What runs leave behind, opened for sampling; and files of raw samples."""
 
 import math
+import os
 import zipfile
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def find_student(dataset=None):
                 continue                           # a cell of a table, a stage of reflow-distill
             try:
                 content = checkpoint.load(file, ("student", "student resume"), mmap=True)
-            except UserError:
+            except (UserError, OSError):
                 continue
             if dataset in (None, content["config"]["dataset"]):
                 return file
@@ -102,7 +103,9 @@ def save_npz(file, batches, n, shape):
     """
     images = len(shape) == 3
     rows = (n, *shape[1:], shape[0]) if images else (n, *shape)
-    part = file.with_name(file.name + ".part")
+    # all processes of torchrun have the same parent
+    number = os.getpid() if machine.WORLD == 1 else os.getppid()
+    part = file.with_name(f"{file.name}.{number}.rows.part")
     try:
         if machine.FIRST:
             file.parent.mkdir(parents=True, exist_ok=True)

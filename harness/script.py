@@ -7,6 +7,7 @@ import re
 import signal
 import sys
 import typing
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Literal
@@ -47,8 +48,8 @@ def add_field_flags(parser, names=None):
     comments, sections = field_comments()
     hints, groups = typing.get_type_hints(Config), {}
     for f in fields(Config):
-        if names is not None and f.name not in names:
-            continue
+        if names is not None and f.name not in names or f.name == "num_classes":
+            continue                               # num_classes follows from the data
         title = sections[f.name]
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
@@ -96,9 +97,13 @@ def run_script(main):
     Ctrl-C is exit code 130.
     """
     script = Path(sys.argv[0]).name
+    for name in ("stdout", "stderr"):              # closed by the caller; tqdm needs a stream
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
+    for name in ("SIGTERM", "SIGHUP"):             # like Ctrl-C: temporary files are removed
+        with suppress(ValueError, AttributeError): # not the main thread; Windows has no SIGHUP
+            signal.signal(getattr(signal, name), interrupt)
     try:
-        if sys.stderr is None:                     # closed by the caller; tqdm needs a stream
-            sys.stderr = open(os.devnull, "w")
         code = main()
         leave()
         sys.stdout.flush()
@@ -117,14 +122,19 @@ def run_script(main):
         sys.exit(fail(script, message))
 
 
+def interrupt(number, frame):
+    raise KeyboardInterrupt
+
+
 def explained(e):
     """One sentence on an error that the user can fix; None for any other, a fault of the code."""
     if isinstance(e, UserError):
         return str(e)
     if isinstance(e, UnicodeError):
-        return f"a name or text is not valid Unicode ({e}); rename the file, or set PYTHONUTF8=1"
+        return f"a name or text cannot be written in this encoding ({e}); set PYTHONUTF8=1"
     if isinstance(e, OSError):
-        return f"{e.filename or 'a file'}: {e.strerror or first_line(e)}; what was saved is kept"
+        return (f"cannot use {e.filename or 'a file'} ({e.strerror or first_line(e)}); check its "
+                "folder and permissions, or choose another")
     text = str(e)
     lacking = "not enough memory" in text or "can't allocate memory" in text
     if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or lacking:

@@ -11,6 +11,7 @@ obtain; RealUID's run of FGM has 3e-5, betas 0 and 0.999, and gradients clipped 
 """
 
 import math
+import zlib
 
 import numpy as np
 import torch
@@ -74,7 +75,8 @@ class Pairs:
         self.size, self.key, self.decode = cfg.pairs, dataset.key, dataset.decode
         self.shape, self.device = dataset.shape, device
         self.y = dataset.conditions(cfg.pairs, torch.Generator().manual_seed(seed))
-        file = folder / f"pairs-{cfg.pairs}-{cfg.pair_steps}-{seed}.npy"
+        source = f"{checkpoint.fingerprint(network)}{cfg.guidance}{dataset.key}".encode()
+        file = folder / f"pairs-{cfg.pairs}-{cfg.pair_steps}-{seed}-{zlib.crc32(source):08x}.npy"
         try:
             self.make(file, network, cfg, seed, at_a_time(cfg.dataset))
             self.z0 = torch.from_numpy(np.load(file))

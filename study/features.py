@@ -40,7 +40,7 @@ def mnist_classifier(data_dir, folder=Path("runs/mnist"), epochs=2):
 
     The file's name holds the key of the data, so other data never reuse it.
     """
-    cfg = make_config("mnist", data_dir=str(data_dir))
+    cfg = make_config("mnist", data_dir=str(data_dir), condition="class")   # labels count
     path = folder / f"classifier-{data.key(cfg)}.pt"
     torch.manual_seed(0)
     net = Classifier()

@@ -1,12 +1,12 @@
-"""Why few-step samples of a perfect consistency student are too strong:
-`python -m study.oversaturation`.
+"""Why few-step samples of a perfect consistency student are too large.
 
-Let the data be N(0, 1). Then zt has standard deviation s(t), the teacher's path from z1 is z1 s(t),
-and it ends in z1. A *perfect* consistency student knows that end from every point of the path:
-f(z, t) = z / s(t). Its one-step samples are exact. Yet the more steps Euler takes with it, the
-larger the samples: std 1, 1.414, 1.662, 1.816, 1.904, ... towards 2. So contrast that grows with
-the steps is not a failure of training. Consistency follows a curved path, and Euler follows
-straight lines. Only straight paths, which the reflow loss makes, reconcile the two.
+Let the data be N(0, 1). Everything is then known in closed form: zt has standard deviation s(t),
+the teacher's path from z1 is z1 s(t), and it ends in z1. A *perfect* consistency student knows the
+end of the path from every point of it, f(z, t) = z / s(t). Its one-step samples are exact. Yet the
+more steps Euler takes with it, the larger the samples: std 1, 1.414, 1.662, 1.816, 1.904, ...
+towards 2. So contrast that grows with the steps is not a failure of training. Consistency follows
+a curved path, and Euler follows straight lines. Only straight paths, which the reflow loss makes,
+reconcile the two.
 """
 
 import torch
@@ -31,7 +31,8 @@ def velocity(z, t, y=None):
 def path(nfe):
     """Euler's path from z1 = 1: lists of t and zt, from t = 1 to t = 0."""
     steps = sample.euler(velocity, torch.ones(1, 1, dtype=torch.float64), nfe)
-    return list(zip(*((t, z.item()) for t, z, _ in steps)))
+    times, points = zip(*((t, z.item()) for t, z, _ in steps))
+    return times, points
 
 
 def std(nfe):
@@ -41,31 +42,35 @@ def std(nfe):
 
 def picture(file):
     """Draws Euler's paths from z1 = 1 beside the true path, and the std over the NFE."""
-    note = dict(textcoords="offset points", fontsize=8)
     with plt.rc_context(pictures.STYLE):
         fig, (left, right) = plt.subplots(1, 2, figsize=(9.2, 3.5))
         times = [i / 100 for i in range(101)]
         left.plot(times, [s(t) for t in times], c=COLOURS["teacher"], lw=2,
                   label="the teacher's path")
-        left.plot([1, 0], [1, 1], c="#555555", lw=1, ls=":", label="straight path (RF), any NFE")
-        for nfe, shade in ((16, 1.0), (4, 0.75), (2, 0.55), (1, 0.35)):
+        for nfe, shade in ((1, 0.35), (2, 0.55), (4, 0.75), (16, 1.0)):
             times, points = path(nfe)
-            left.plot(times, points, marker="o", ms=3, lw=1.2, c=COLOURS["student"], alpha=shade,
-                      label="Euler with the perfect CD student" if nfe == 16 else None)
-            left.annotate(f"{nfe} NFE", (0, points[-1]), (5, 0), va="center", **note)
+            left.plot(times, points, marker="o", ms=3, lw=1.2, c=COLOURS["student"], alpha=shade)
+            left.annotate(f"{nfe} NFE", (0, points[-1]), (5, 0), textcoords="offset points",
+                          ha="left", va="center", fontsize=8)
+        left.plot([], [], marker="o", ms=3, c=COLOURS["student"],
+                  label="Euler with the perfect CD student")
+        left.plot([1, 0], [1, 1], c="#555555", lw=1, ls=":", label="straight path (RF), any NFE")
         left.set(xlim=(1.02, -0.16), ylim=(0.55, 2.15), xlabel="t, from noise (1) to data (0)",
                  ylabel="zt", title="one sample, z1 = 1")
         left.legend(loc="upper left", fontsize=8, frameon=False)
 
         nfes = [2**i for i in range(9)]
-        right.axhline(2, c="#999999", lw=0.8, ls="--", label="the limit")
-        right.axhline(1, c=COLOURS["data"], lw=1.2, label="the data")
-        right.semilogx(nfes, [std(n) for n in nfes], base=2, marker="o", ms=4, c=COLOURS["student"])
+        right.axhline(2, c="#999999", lw=0.8, ls="--")
+        right.axhline(1, c=COLOURS["data"], lw=1.2)
+        right.plot(nfes, [std(n) for n in nfes], marker="o", ms=4, c=COLOURS["student"])
+        right.text(nfes[-1], 1.04, "the data", ha="right", fontsize=8)
+        right.text(1, 1.93, "the limit", fontsize=8)
         for n in nfes[:5]:
-            right.annotate(f"{std(n):.3f}", (n, std(n)), (5, -10), **note)
+            right.annotate(f"{std(n):.3f}", (n, std(n)), (5, -10), textcoords="offset points",
+                           fontsize=8)
+        right.set_xscale("log", base=2)
         right.set(xticks=nfes, xticklabels=nfes, xlabel="NFE", ylabel="std of the samples",
                   ylim=(0.9, 2.1), title="all samples")
-        right.legend(loc="center right", fontsize=8, frameon=False)
         return pictures.write(fig, file)
 
 

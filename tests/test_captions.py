@@ -102,6 +102,14 @@ def test_no_condition_is_the_empty_caption_and_the_order_of_words_counts():
         assert (a - b).abs().max() > 1e-4 and (a - network(*inputs)).abs().max() > 1e-4
 
 
+def test_networks_without_text_build_none_of_it(monkeypatch):
+    """Or they would take other random numbers, and older runs could not be reproduced."""
+    monkeypatch.setattr(model, "Text", None)
+    monkeypatch.setattr(model, "CrossAttention", None)
+    for cfg in (make_config("mnist"), make_config("mnist", condition="class")):
+        model.velocity_network(cfg, (1, 28, 28)), model.discriminator(cfg, (1, 28, 28))
+
+
 def test_some_captions_become_the_empty_one():
     y = captions.tokens(captions.EXAMPLES[:4])
     dropped = model.with_nulls(y, torch.tensor([True, False, True, False]), 17)

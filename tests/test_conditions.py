@@ -166,11 +166,12 @@ def test_baselines_carry_the_condition(method, monkeypatch):
 
 def test_pairs_keep_the_condition_of_their_noise(tmp_path):
     """A network that carries everything to its class number tells whether they match."""
-    def to_class(z, t, y=None):
-        return (z - y.float()[:, None].expand(-1, 2)) / expand(t, z)
+    class ToClass(torch.nn.Module):
+        def forward(self, z, t, y=None):
+            return (z - y.float()[:, None].expand(-1, 2)) / expand(t, z)
 
     cfg = make_config("8gaussians", condition="class", pairs=70, pair_steps=1)
-    pairs = baselines.Pairs(tmp_path, to_class, data.Points("8gaussians", 8), cfg, 3, "cpu")
+    pairs = baselines.Pairs(tmp_path, ToClass(), data.Points("8gaussians", 8), cfg, 3, "cpu")
     z0, _, y = pairs.batch(50, data.Draws(0))
     torch.testing.assert_close(z0[:, 0], y.float(), atol=1e-4, rtol=0)
     assert len(y.unique()) == 8
@@ -225,7 +226,7 @@ def test_guidance_changes_what_a_teacher_draws(run):
     (f"train.py {CLASS} --guidance nan --out a", ["--guidance nan"]),
     (f"train.py {CLASS} --p-null 1.5 --out a", ["--p-null 1.5"]),
     (f"train.py {CLASS} --p-null 0 --guidance 2 --out a", ["--p-null 0", "--guidance 2"]),
-    (f"train.py {CLASS} --num-classes 3 --out a", ["--num-classes"]),
+    (f"train.py {CLASS} --num-classes 3 --out a", ["there is no flag --num-classes"]),
     (f"train.py {TINY} --dataset moons --condition class", ["moons", "8gaussians", "folder"]),
     (f"train.py {TINY} --dataset 8gaussians --guidance 2 --out a", ["--condition class"]),
     (f"train.py {TINY} --dataset 8gaussians", ["--condition", "runs/8gaussians"]),
@@ -244,6 +245,38 @@ def test_a_teacher_that_never_saw_the_null_condition_is_not_guided():
     works(f"train.py {CLASS} --p-null 0")
     refused("sample.py --teacher --guidance 2", "--p-null 0")
     works("sample.py --teacher --guidance 1 --n 20 --out a.png")
+
+
+def test_a_student_is_not_guided_by_a_teacher_that_never_saw_the_null_condition():
+    works(f"teacher.py {CLASS} --p-null 0 --out phi")
+    refused(f"train.py {CLASS} --guidance 3 --teacher-checkpoint phi/teacher.pt --out a",
+            "--p-null 0", "phi/teacher.pt")
+
+
+def test_other_labels_are_other_data(monkeypatch):
+    images, labels = torch.zeros(20, 1, 28, 28, dtype=torch.uint8), torch.arange(20) % 10
+    keys = []
+    for answer in (labels, 9 - labels):
+        monkeypatch.setattr(data, "mnist", lambda *_, answer=answer: (images, answer))
+        keys.append([data.key(make_config("mnist", condition=c)) for c in ("none", "class")])
+    assert keys[0][0] == keys[1][0] and keys[0][1] != keys[1][1]
+
+
+def test_one_table_holds_one_condition(run):
+    works(f"train.py --dataset 8gaussians {TINY} --out plain")
+    refused(f"evaluate.py --n 100 --nfe 1 --checkpoint {run}/student.pt plain/student.pt",
+            "--condition")
+    refused(f"evaluate.py --n 100 --nfe 1 --guidance 2 --checkpoint {run}/teacher.pt",
+            "--guidance", "student")
+
+
+def test_pairs_of_another_guidance_are_other_pairs(tmp_path):
+    for w in (1.0, 2.0):
+        cfg = make_config("8gaussians", condition="class", guidance=w, pairs=8, pair_steps=1)
+        network = model.velocity_network(cfg, (2,))
+        torch.manual_seed(0)
+        baselines.Pairs(tmp_path, network, data.Points("8gaussians", 8), cfg, 3, "cpu")
+    assert len(list(tmp_path.glob("pairs-8-1-3-*.npy"))) == 2
 
 
 def test_sub_folders_are_classes(taef2_files):

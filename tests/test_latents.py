@@ -306,7 +306,7 @@ def test_a_subfolder_that_cannot_be_read_is_named(monkeypatch):
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", deny)
-    refused(f"latents.py --data-dir images {CPU}", "images/b: Permission denied")
+    refused(f"latents.py --data-dir images {CPU}", "images/b (Permission denied)")
 
 
 def test_file_names_need_not_be_utf_8(pooling, capsys):

@@ -186,7 +186,7 @@ BAD = [
     (f"train.py --batch-size {10**24}", "--batch-size 1", "2^31"),
     ("train.py --threads 100000", "--threads 100000", "1024"),
     ("train.py --download", "--download", "celebahq"),
-    ("train.py --num-classes 10", "--num-classes", "labels"),
+    ("train.py --num-classes 10", "--num-classes", "no flag"),
     ("train.py --dataset folder --preset official --model tiny", "--preset official", "tiny"),
     ("train.py --losses gan", "--losses", "cd"),
     ("sample.py --nfe 0", "--nfe 0"),
@@ -207,6 +207,7 @@ BAD = [
     ("evaluate.py --n 9", "--n 9"),
     # checkpoints
     ("sample.py --checkpoint no.pt", "no.pt"),
+    ("sample.py --checkpoint .", "no checkpoint ."),
     ("sample.py --checkpoint runs", "runs"),
     *((f"sample.py --checkpoint bad/{name}.pt", f"bad/{name}.pt") for name in
       ("cut", "plain", "text", "empty", "mischief")),
@@ -569,8 +570,9 @@ def test_an_overwriting_run_in_two_stages_can_be_resumed(monkeypatch, no_picture
     line = f"train.py {MOONS} --method reflow-distill --pairs 40 --pair-steps 2"
     works(f"{line} --seed 5 --out fresh")
     works(f"{line} --out run")
-    interrupted(f"{line} --seed 5 --out run --overwrite", "student", 6, monkeypatch)
-    works(f"{line} --seed 5 --out run --resume")
+    message = interrupted(f"{line} --seed 5 --out run --overwrite", "student", 6, monkeypatch)
+    assert "the same command continues, without --overwrite" in message
+    works(f"{line} --seed 5 --out run")
     assert_same_run("run", "fresh")
 
 
@@ -718,7 +720,7 @@ def failing(error):
     (MemoryError(), "--batch-size"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "--batch-size"),
     (RuntimeError("InvalidCxxCompiler: No working C++ compiler found"), "--compile"),
-    (OSError(28, "No space left on device", "some/file"), "some/file: No space left on device"),
+    (OSError(28, "No space left on device", "some/file"), "some/file (No space left on device)"),
     (UnicodeEncodeError("utf-8", "caf\udce9", 3, 4, "surrogates"), "PYTHONUTF8=1")], ids=repr)
 def test_errors_of_the_machine_are_one_sentence(error, named, moons, monkeypatch):
     monkeypatch.setitem(train.STEPS, "scflow", failing(error))
@@ -837,11 +839,36 @@ def test_a_run_without_its_log_goes_on(moons):
     assert is_picture(moons / "losses.png")
 
 
-@pytest.mark.parametrize("name", ["log.csv", "losses.png", "samples.png", "student.pt"])
-def test_a_folder_with_the_name_of_a_file(name, finished_run, no_pictures):
+@pytest.mark.parametrize("name", ["log.csv", "losses.png", "student.pt"])
+def test_a_folder_with_the_name_of_a_file(name, finished_run):
+    """A picture that cannot be drawn costs no student."""
     Path("new", name).mkdir(parents=True)
     shutil.copy(finished_run.folder / "teacher.pt", "new")
     refused(f"train.py {MOONS} --out new", f"new/{name}")
+    assert Path("new/student.pt").is_file() == (name == "losses.png")
+
+
+def test_a_flipped_bit_is_noticed(moons):
+    whole = (moons / "student.pt").read_bytes()
+    for place in (len(whole) // 3, len(whole) // 2, 2 * len(whole) // 3):
+        Path("flipped.pt").write_bytes(whole[:place] + bytes([whole[place] ^ 64])
+                                       + whole[place + 1 :])
+        refused("sample.py --checkpoint flipped.pt --n 9 --nfe 1", "flipped.pt", "damaged")
+
+
+def test_resuming_never_replaces_the_teacher(moons, no_pictures):
+    works(f"teacher.py {MOONS} --seed 5 --out one")
+    works(f"teacher.py {MOONS} --seed 6 --out other")
+    before = Path("one/teacher.pt").read_bytes()
+    refused("train.py --dataset moons --out one --resume --teacher-checkpoint other/teacher.pt",
+            "another teacher")
+    assert Path("one/teacher.pt").read_bytes() == before
+    refused("teacher.py --dataset moons --out one --resume --teacher-steps 5", "step 12")
+
+
+def test_losses_that_never_begin_are_named(no_pictures):
+    printed = works(f"train.py {MOONS} --n-gan 500 --n-rf 1000")
+    assert "12 iterations end before they begin: gan rf" in printed
 
 
 def test_a_checkpoint_describes_itself(moons):
