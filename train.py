@@ -131,7 +131,8 @@ def train(run):
     if run.finished():
         return run.path("student")
     teacher_path = start_path = find_or_train(run)
-    if late := set(cfg.losses) - losses_in_use(cfg, cfg.steps - 1):
+    late = set(cfg.losses) - losses_in_use(cfg, cfg.steps - 1)
+    if late and machine.FIRST:
         print(f"not in use, since {cfg.steps} iterations end before they begin: "
               f"{' '.join(sorted(late))}")
     dataset, device = run.dataset, run.device
