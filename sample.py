@@ -255,7 +255,8 @@ def parse(argv=None):
 
 def main(argv=None):
     args = parse(argv)
-    student = Path(args.checkpoint or find_student(args.dataset))
+    dataset = args.dataset or ("captions" if args.prompt else None)
+    student = Path(args.checkpoint or find_student(dataset))
     if not student.is_file():
         raise UserError(f"there is no checkpoint {student}; train one with train.py, or name "
                         "another")

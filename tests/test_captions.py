@@ -159,7 +159,9 @@ def test_bad_settings(line, named):
 def test_a_network_of_classes_takes_no_prompt():
     works("train.py --dataset 8gaussians --condition class --channels 16 --blocks 1 --steps 2 "
           "--teacher-steps 2 --batch-size 8 --teacher-batch-size 8 --threads 1")
-    refused("sample.py --prompt 'a red ring'", "--prompt", "classes")
+    refused("sample.py --prompt 'a red ring' --checkpoint runs/8gaussians/student.pt", "--prompt",
+            "classes")
+    refused("sample.py --prompt 'a red ring'", "no student of captions", "--dataset captions")
 
 
 def test_examples_have_both_kinds_of_pairs():
