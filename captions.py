@@ -17,6 +17,7 @@ COLOURS = {"red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1), "yellow": (1
 SHAPES = ("disc", "square", "triangle", "ring", "cross", "bar")
 WORDS = ("", "a", "left", "of", "above", *COLOURS, *SHAPES)    # a word's token is its place here
 HELD_OUT = (("red", "ring"), ("green", "bar"), ("blue", "triangle"), ("yellow", "cross"))
+FIRST_COLOUR, FIRST_SHAPE = WORDS.index("red"), WORDS.index("disc")   # tokens
 PAIRS = torch.tensor([[c, s] for c, colour in enumerate(COLOURS) for s, shape in enumerate(SHAPES)
                       if (colour, shape) not in HELD_OUT])     # (32, 2), those that are drawn
 EXAMPLES = ("a green ring", "a red cross left of a blue disc", "a yellow bar above a cyan square",
@@ -52,8 +53,7 @@ def caption(colours, shapes, relation):
     relation: 0 for the first object alone, 1 for "left of", 2 for "above".
     """
     a, left, of, above = (torch.full_like(relation, WORDS.index(w)) for w in WORDS[1:5])
-    first = [a, 5 + colours[:, 0], 5 + len(COLOURS) + shapes[:, 0]]
-    second = [a, 5 + colours[:, 1], 5 + len(COLOURS) + shapes[:, 1]]
+    first, second = ([a, FIRST_COLOUR + colours[:, k], FIRST_SHAPE + shapes[:, k]] for k in (0, 1))
     none = torch.zeros_like(a)
     forms = [[*first, *[none] * 5], [*first, left, of, *second], [*first, above, *second, none]]
     forms = torch.stack([torch.stack(form, 1) for form in forms])          # (3, n, LENGTH)
@@ -188,8 +188,8 @@ def judge(pictures, y):
             continue
         parts = [pictures[rows]] if kind == 0 else pictures[rows].split(half, dim=4 - kind)
         found = [what(part) for part in parts]
-        for k, name in enumerate(("colour", "shape")):
-            asked = [y[rows, p + k] - WORDS.index(("red", "disc")[k]) for p in places]
+        for k, (name, token) in enumerate((("colour", FIRST_COLOUR), ("shape", FIRST_SHAPE))):
+            asked = [y[rows, p + k] - token for p in places]
             right[name][rows] = torch.stack([f[k] == a for f, a in zip(found, asked)]).all(0)
 
         masses = [moments(mask_of(part)) for part in parts]

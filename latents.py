@@ -33,7 +33,7 @@ from tqdm import tqdm
 import vae
 from config import LATENT_DOWNSAMPLING, LATENT_SETS, MACHINE, make_config
 from harness import UserError, first_line
-from harness.checkpoint import locked, no_room, replacing, write_text
+from harness.checkpoint import fingerprint, locked, no_room, replacing, write_text
 from harness.machine import FIRST, choose_device, start, wait, wants_bf16
 from harness.pictures import from_uint8
 from harness.script import add_field_flags, given_flags, make_parser, run_script
@@ -401,7 +401,7 @@ def data_key(cfg, images=None, autoencoder=None):
     """The key of the images, autoencoder and size that the settings name; nothing is encoded."""
     images = images or open_images(cfg)
     autoencoder = autoencoder or vae.load(cfg.vae, cfg.vae_weights)
-    lines = "\n".join([*images.identity(), vae.fingerprint(autoencoder), str(cfg.image_size)])
+    lines = "\n".join([*images.identity(), fingerprint(autoencoder), str(cfg.image_size)])
     return hashlib.sha256(lines.encode(errors="surrogatepass")).hexdigest()[:12]
 
 
@@ -526,9 +526,9 @@ def fidelity(images, latents, size, n):
     """
     means, n, psnr = latents.array[:, 0, 0], min(n, latents.size), []
     starts = tqdm(range(0, n, AT_A_TIME), desc="decoding", unit="batch")
-    for start, pixels in zip(starts, batches(images, size, {})):
-        x = from_uint8(pixels[:n - start])
-        mean = torch.from_numpy(means[start : start + len(x)].astype(np.float32))
+    for first, pixels in zip(starts, batches(images, size, {})):
+        x = from_uint8(pixels[:n - first])
+        mean = torch.from_numpy(means[first : first + len(x)].astype(np.float32))
         error = latents.decode(latents.codec.sample(mean.to(latents.device))) - x
         psnr.append(10 * (4 / error.square().flatten(1).mean(1)).log10())
     return torch.cat(psnr)

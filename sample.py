@@ -18,7 +18,7 @@ from losses import expand, interpolate
 from model import Guided
 
 BLOCK = 256                        # noise is drawn in blocks of this many samples
-MOST = {True: 100_000, False: 10_000}   # points, or images, that fit into one picture
+MOST_POINTS, MOST_IMAGES = 100_000, 10_000   # that fit into one picture
 
 
 def noise(shape, n, seed, start=0, stream=0):
@@ -53,16 +53,18 @@ def euler(model, z, nfe, y=None):
     yield 0.0, z, z
 
 
-@torch.no_grad()
-def heun(model, z, nfe, y=None):
-    """Heun's method, of second order: two calls per step, one in the last, so nfe = 2 steps - 1.
-
-    Raises UserError for an even nfe.
-    """
+def heun_steps(nfe):
+    """The steps that Heun's method makes with nfe calls; UserError for an even nfe."""
     if nfe % 2 == 0:
         raise UserError("--solver heun takes an odd --nfe: two calls per step, one in the last; "
                         f"{nfe} is even")
-    steps = (nfe + 1) // 2
+    return (nfe + 1) // 2
+
+
+@torch.no_grad()
+def heun(model, z, nfe, y=None):
+    """Heun's method, of second order: two calls per step, one in the last, so nfe = 2 steps - 1."""
+    steps = heun_steps(nfe)
     for i in range(steps, 0, -1):
         t = torch.full((len(z),), i / steps, device=z.device)
         v = model(z, t, y)
@@ -202,7 +204,7 @@ def check_flags(args, **least):
             raise UserError(f"--{name} takes the name of a file, not an empty text")
     if args.solver == "heun":
         for nfe in args.nfe:
-            next(heun(None, torch.empty(0, 2), nfe)) if nfe % 2 == 0 else None
+            heun_steps(nfe)
 
 
 def parse(argv=None):
@@ -257,10 +259,7 @@ def main(argv=None):
     args = parse(argv)
     dataset = args.dataset or ("captions" if args.prompt else None)
     student = Path(args.checkpoint or find_student(dataset))
-    if not student.is_file():
-        raise UserError(f"there is no checkpoint {student}; train one with train.py, or name "
-                        "another")
-    teacher = student.with_name("teacher.pt")
+    teacher = student.parent / "teacher.pt"
     files = [teacher] if args.teacher else [student]
     both = args.trajectory and args.teacher is None and teacher.exists() and teacher != student
     if both or args.gif:
@@ -335,7 +334,7 @@ def write_npz(args, network, shape, cfg):
 
     size = LATENT_DOWNSAMPLING * shape[-1]
     save_npz(file, batches(), n, shape if decode is same else (3, size, size))
-    return f"{file}: {n} samples, {nfe} NFE, {args.solver},"
+    return f"{file}: {n} samples, {nfe * calls(network)} NFE, {args.solver},"
 
 
 def write_picture(args, networks, shape, cfg, folder):
@@ -371,8 +370,9 @@ def write_picture(args, networks, shape, cfg, folder):
                       conditions=conditions)
 
     n = args.n or (4000 if points else 32 if latent else 64)
-    if n > MOST[points]:
-        raise UserError(f"--n {n} is too many for a picture, which takes {MOST[points]:,} at most; "
+    most = MOST_POINTS if points else MOST_IMAGES
+    if n > most:
+        raise UserError(f"--n {n} is too many for a picture, which takes {most:,} at most; "
                         "--npz FILE writes any number")
     z = decode(draw(network, shape, n, nfe, args.seed, args.solver,
                     args.batch or at_a_time(cfg.dataset), device, y=conditions(n)))

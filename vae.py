@@ -22,7 +22,7 @@ from torch import nn
 from torchvision.models import Weights, WeightsEnum
 
 from harness import UserError, first_line
-from harness.checkpoint import fingerprint, load_weights
+from harness.checkpoint import load_weights
 from harness.machine import FIRST, wait
 
 

@@ -121,10 +121,10 @@ def load(path, kind=None, device="cpu", mmap=False):
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"there is no checkpoint {path}; train one with train.py, or name another. "
-                        "The official teacher, model_480.pth, is on Google Drive (train.py --help "
-                        "says where)" if path.name.startswith("model_") else
-                        f"there is no checkpoint {path}; train one with train.py, or name another")
+        hint = ("; train.py --help says where the official teacher, model_480.pth, is"
+                if path.name.startswith("model_") else "")
+        raise UserError(f"there is no checkpoint {path}; train one with train.py, or name another"
+                        + hint)
     try:
         if not mmap and zipfile.is_zipfile(path):  # torch.load does not look at the checksums
             with zipfile.ZipFile(path) as archive:

@@ -58,7 +58,8 @@ class Run:
             other = checkpoint.load(cfg.teacher_checkpoint, "teacher", mmap=True)
             cfg = checkpoint.same_architecture(cfg, given, checkpoint.config_of(other),
                                                cfg.teacher_checkpoint)
-        self.cfg, self.shape = data.with_classes(cfg), data.sample_shape(cfg)
+        self.cfg = cfg = data.with_classes(cfg)
+        self.shape = data.sample_shape(cfg)
         check_network(cfg, self.shape)             # before anything is encoded or trained
         self.device = machine.choose_device(cfg)
         machine.start(self.device)

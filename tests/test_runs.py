@@ -274,7 +274,7 @@ def test_no_student_at_all():
     refused("evaluate.py", "no student", "train.py")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="some of these devices exist here")
 @pytest.mark.parametrize("device", ["cuda", "cuda:1", "gpu", "privateuseone"])
 def test_a_device_that_is_not_there(device, moons):
     before = files()

@@ -16,7 +16,7 @@ from torchvision.models import WeightsEnum
 
 import vae
 from config import LATENT_CHANNELS
-from harness import UserError
+from harness import UserError, checkpoint
 from harness.pictures import from_uint8
 from running import Mischief, gen
 
@@ -179,7 +179,7 @@ def test_diffusers_single_file_of_both_halves_is_the_same_tiny_autoencoder(tmp_p
 
 def test_taef2_from_its_files_in_both_orders(taef2_files):
     one, other = (vae.load("taef2", files) for files in (taef2_files, taef2_files[::-1]))
-    assert vae.fingerprint(one) == vae.fingerprint(other)
+    assert checkpoint.fingerprint(one) == checkpoint.fingerprint(other)
     assert one.channels == 32 and one.scale == 1 and not one.stochastic
     assert one.encode(torch.zeros(1, 3, 16, 16))[1] is None
 
@@ -199,11 +199,11 @@ def test_taef2_reconstructs_faces(taef2_files, faces_dir):
 def test_fingerprints_change_with_any_weight():
     torch.manual_seed(0)
     network = vae.TinyAutoencoder(4, pooled=False)
-    before = vae.fingerprint(network)
-    assert re.fullmatch("[0-9a-f]{12}", before) and vae.fingerprint(network) == before
+    before = checkpoint.fingerprint(network)
+    assert re.fullmatch("[0-9a-f]{12}", before) and checkpoint.fingerprint(network) == before
     with torch.no_grad():
         network.decoder[-1].bias[1] += 1e-6
-    assert vae.fingerprint(network) != before
+    assert checkpoint.fingerprint(network) != before
 
 
 # ------------------------------------------------------------------------- files that are not it
@@ -372,7 +372,7 @@ def test_the_network_from_the_cache(cache, monkeypatch):
         torch.save(getattr(network, half).state_dict(), cache / f"{half}.pth")
         files.append(published(f"http://nowhere.invalid/{half}.pth", f"{half}.pth"))
     monkeypatch.setitem(vae.AUTOENCODERS, "taesd", (vae.AUTOENCODERS["taesd"][0], files))
-    assert vae.fingerprint(vae.load("taesd")) == vae.fingerprint(network)
+    assert checkpoint.fingerprint(vae.load("taesd")) == checkpoint.fingerprint(network)
 
     # another network's file: the sentence says where it is, since nobody named it
     torch.save({"0.weight": torch.zeros(3)}, cache / "decoder.pth")
