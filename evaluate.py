@@ -28,6 +28,7 @@ from study.features import extractor
 
 OPENING = (*MACHINE, "data_dir", "vae_weights")    # settings with which checkpoints are opened
 RIGHT = "as asked: "               # before the names of measures of conditional samples
+WITHIN = "spread within a class"   # another of these measures
 MEASURES = ("distance", "precision", "recall", "consistency", "spread", "per_second")
 NEIGHBOURS = 10_000                # precision and recall use at most this many samples of each
 BLOCK = 100                        # rows of a distance matrix, or decoded images, in memory
@@ -98,20 +99,29 @@ def precision_recall(real, fake, k=3, real_radii=None):
 
 
 class Spread:
-    """Std of samples that come in batches: the root of the mean variance over their elements."""
+    """Std of samples that come in batches: the root of the mean variance over their elements.
 
-    n, sums = 0, 0
+    With classes y it is the std within a class: the variances are those of each class, and their
+    mean is over all classes of two or more samples.
+    """
 
-    def add(self, z):
-        """Takes in a batch (b, ...); returns the Spread itself."""
+    def __init__(self):
+        self.sums = {}                             # {class: samples, sums, sums of squares}
+
+    def add(self, z, y=None):
+        """Takes in a batch (b, ...), classes (b,) or None; returns the Spread itself."""
         z = z.flatten(1).double().cpu()
-        self.n, self.sums = self.n + len(z), self.sums + torch.stack([z.sum(0), z.square().sum(0)])
+        for k in [None] if y is None else y.unique().tolist():
+            some = z if y is None else z[y == k]
+            n, *sums = self.sums.get(k, (0, 0, 0))
+            self.sums[k] = n + len(some), sums[0] + some.sum(0), sums[1] + some.square().sum(0)
         return self
 
     @property
     def std(self):
-        mean, square = self.sums / self.n
-        return ((square - mean.square()).mean() * self.n / (self.n - 1)).sqrt().item()
+        variances = [((square / n - (mean / n).square()).mean() * n / (n - 1)).item()
+                     for n, mean, square in self.sums.values() if n > 1]
+        return (sum(variances) / len(variances)) ** 0.5 if variances else float("nan")
 
 
 # ------------------------------------------------------------------------------------ the data
@@ -155,8 +165,9 @@ class Reference:
     """The data that samples are compared with, as features.
 
     features: function that turns samples (n, ...) into features (n, d). data: the data's features.
-    right: function of samples, features and their conditions that tells which are as they were
-    asked for. std: the data's spread. name: the distance in words. floor: the score of held-out
+    classes: function of features that tells the class of each, or None. right: function of samples,
+    features and their conditions that tells which are as they were asked for. std: the data's
+    spread, within: that within a class. name: the distance in words. floor: the score of held-out
     real data, the best that samples can reach.
     """
 
@@ -164,14 +175,15 @@ class Reference:
         self.points = cfg.dataset in POINT_SETS
         if self.points and spec is not None:
             raise UserError("--features is for images; points are compared as they are")
-        name, self.features, classes = ("points", lambda z: z, mode_of(cfg)) if (
+        name, self.features, self.classes = ("points", lambda z: z, mode_of(cfg)) if (
             self.points) else extractor(cfg, spec, device)
-        self.right = lambda x, features, y: {"class": classes(features) == y} if classes else {}
+        self.right = lambda x, features, y: (
+            {"class": self.classes(features) == y} if self.classes else {})
         if cfg.dataset == "captions":
             self.right = lambda x, features, y: captions.scores(x, y)
         generator = torch.Generator().manual_seed(20_000)
         batches, held_out, kind = real_data(cfg, n, generator)
-        real, self.std = self.embedded(batches)
+        real, self.std, self.within = self.embedded(batches)
 
         size, d = min(n, len(real)), real.shape[1]
         self.name = f"sliced W2 x 1000, {n:,} points" if self.points else (
@@ -189,17 +201,19 @@ class Reference:
             self.floor_name = f"data, {k:,} against {len(real) - k:,}"
             self.floor = self.compare(self.data[:k], self.data[k:]) | {"spread": 1.0}
         else:
-            fake, std = self.embedded(held_out)
+            fake, std, _ = self.embedded(held_out)
             self.floor_name = "data against data"
             self.floor = self.compare(fake) | {"spread": std / self.std}
 
     def embedded(self, batches):
-        """The features (n, d) and the spread of samples that come in batches."""
-        features, spread = [], Spread()
+        """Features (n, d), spread, and spread within a class of data that come in batches."""
+        features, spread, within = [], Spread(), Spread()
         for x in batches:
             features.append(self.features(x))
             spread.add(x)
-        return torch.cat(features), spread.std
+            if self.classes:
+                within.add(x, self.classes(features[-1]))
+        return torch.cat(features), spread.std, within.std
 
     def compare(self, fake, real=None):
         """Distance, precision and recall of features (n, d), against the data's or `real`."""
@@ -227,7 +241,8 @@ def measure(name, network, nfes, reference, shape, n, seed=0, solver="euler", ba
     """One row per NFE, in ascending order, a dict: network, nfe, seed, and the MEASURES.
 
     A guided network makes two calls per step, so it takes nfe / 2 steps; odd NFEs are left out. y
-    are the conditions (n, ...), or None; with them a row has the shares of samples that are right.
+    are the conditions (n, ...), or None; with them a row has the shares of samples that are right,
+    and for classes the spread within a class.
 
     The noise is the same for every network and NFE. consistency: RMS distance, per element of z0,
     of a sample from the one-step sample of the same noise. spread: std divided by the data's.
@@ -237,7 +252,7 @@ def measure(name, network, nfes, reference, shape, n, seed=0, solver="euler", ba
     steps = [k // calls for k in nfes if k % calls == 0]
     rows, one_step = [], {}                        # {first sample of a batch: its one-step samples}
     for k in sorted({1, *steps}):
-        features, spread, gap, seconds, right = [], Spread(), 0.0, 0.0, {}
+        features, spread, within, gap, seconds, right = [], Spread(), Spread(), 0.0, 0.0, {}
         for start in tqdm(range(0, n, batch), f"{name}, {k} NFE", unit="batch", leave=False):
             begun = time.perf_counter()
             some = None if y is None else y[start : start + min(batch, n - start)]
@@ -252,16 +267,25 @@ def measure(name, network, nfes, reference, shape, n, seed=0, solver="euler", ba
             features.append(reference.features(x))
             spread.add(x)
             if some is not None:
+                if reference.classes:
+                    within.add(x, some)
                 for what, is_right in reference.right(x, features[-1], some).items():
                     right.setdefault(what, []).append(is_right)
         if k in steps:
             shares = {RIGHT + what: torch.cat(parts).double().mean().item()
                       for what, parts in right.items()}
+            if within.sums and math.isfinite(ratio := within.std / reference.within):
+                shares[WITHIN] = ratio
             rows.append({"network": name, "nfe": k * calls, "seed": seed,
                          **reference.compare(torch.cat(features)), **shares,
                          "consistency": (gap / (n * math.prod(shape))) ** 0.5,
                          "spread": spread.std / reference.std, "per_second": n / seconds})
     return rows
+
+
+def measures(row):
+    """The names of the measures of a row: MEASURES, then those of conditional samples."""
+    return [*MEASURES, *(name for name in row if name.startswith(RIGHT) or name == WITHIN)]
 
 
 def markdown(lines):
@@ -276,7 +300,8 @@ def report(dataset, reference, rows, solver="euler"):
 
     Rows of the same network and NFE are shown by their medians, and half the range of distances.
     """
-    groups, cells, shares = {}, {}, [name for name in rows[0] if name.startswith(RIGHT)]
+    groups, cells = {}, {}
+    shares = measures(rows[0])[len(MEASURES):]
     for row in rows:
         groups.setdefault((row["network"], row["nfe"]), []).append(row)
     for key, group in groups.items():
@@ -298,7 +323,8 @@ def report(dataset, reference, rows, solver="euler"):
             for name in names)])
 
     conditional = [text for name in shares for text in (
-        f"{name}, in percent", table(networks, lambda r, name=name: f"{100 * r[name]:.1f}"))]
+        f"{name}, in percent" + " of the data's" * (name == WITHIN),
+        table(networks, lambda r, name=name: f"{100 * r[name]:.1f}"))]
     return "\n\n".join([
         f"{dataset}, {solver}: {reference.name}{within}; in brackets std over the data's",
         table(with_floor, lambda r: f"{r['distance']:.1f}{r['within']} ({r['spread']:.2f})"),

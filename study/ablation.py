@@ -4,12 +4,15 @@
     weights  in the manner of Table 5: the weights of the losses, one changed at a time
     times    in the manner of Table 6: t_trunc, t_skip and mu, one changed at a time
     methods  as Table 3: SCFlow and the baselines, all with the same compute
+    guidance w against t_trunc, with CD alone and with all losses (needs --condition); draws both
 
 Each cell is a run in runs/ablation/<dataset>/ with its measurements. Finished cells are kept,
 stopped ones continue, and tables share the runs that they have in common.
 """
 
 import json
+import math
+import statistics
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -19,16 +22,19 @@ import sample
 import teacher
 import train
 from config import DATASETS, Config, make_config, words
-from harness import UserError
+from harness import UserError, pictures
 from harness.checkpoint import write_text
 from harness.log import Diverged
+from harness.pictures import STYLE, plt
 from harness.run import Run
 from harness.script import given_flags, make_parser, run_script
 from study import baselines
 
 ROOT = Path("runs/ablation")
 TABLES = {"losses": "Table 4, the losses one after the other", "weights": "weights of the losses",
-          "times": "times and averages", "methods": "Table 3, methods with the same compute"}
+          "times": "times and averages", "methods": "Table 3, methods with the same compute",
+          "guidance": "guidance against truncation"}
+GUIDANCE, TRUNCATION = (1.0, 1.5, 3.0), (0.1, 0.2, 0.4)        # w and t_trunc of that table
 # settings that the table itself chooses; all others are flags
 CHOSEN = ("dataset", "out", "seed", "resume", "overwrite", "download", "method", "losses",
           "teacher_checkpoint")
@@ -43,6 +49,10 @@ def cells(kind, default):
     if kind == "methods":
         return {"SCFlow": {}, "cd": dict(method="cd", t_trunc=0.0),
                 **{m: dict(method=m) for m in baselines.STEPS}}
+    if kind == "guidance":
+        return {f"{name}, w = {w:g}, t_trunc = {t:g}": dict(guidance=w, t_trunc=t, **losses)
+                for name, losses in (("CD", dict(losses=("cd",))), ("all", {}))
+                for w in GUIDANCE for t in TRUNCATION}
     table = {"default": {}}
     if kind == "times":
         values = {"t_trunc": (0.0, 0.1, 0.2, 0.4, 0.6), "t_skip": (0.02, 0.05, 0.1, 0.2),
@@ -57,7 +67,7 @@ def cells(kind, default):
 
 def folder_name(settings):
     """A folder's name for the settings of a cell."""
-    if "losses" in settings or "method" in settings:
+    if ("losses" in settings or "method" in settings) and "guidance" not in settings:
         settings = {k: v for k, v in settings.items() if k != "t_trunc"}
     return "-".join(f"{k}-{words(v).replace(' ', '-')}" for k, v in settings.items()) or "scflow"
 
@@ -148,16 +158,17 @@ def runs(kind, dataset, seeds, given, diverged):
 
 def measured(path, label, nfes, network, reference, settings, seed):
     """The rows of evaluate.measure for a checkpoint, kept in a file beside it."""
-    file = path.with_name(f"{path.stem}-measured.json")
+    w = f"-w{network.w:g}" if sample.calls(network) > 1 else ""
+    file = path.with_name(f"{path.stem}{w}-measured.json")
     key = dict(nfes=nfes, n=settings["n"], solver=settings["solver"], seed=seed,
                metric=reference.name, data=f"{reference.data.double().sum().item():.6g}")
     if file.exists() and file.stat().st_mtime >= path.stat().st_mtime:
         try:
             content = json.loads(file.read_text())
             if content["key"] == key:
-                return [{"network": label, "nfe": nfe, "seed": seed,
-                         **{name: float(row[name]) for name in evaluate.MEASURES}}
-                        for nfe, row in zip(nfes, content["rows"], strict=True)]
+                return [{"network": label, "nfe": int(row["nfe"]), "seed": seed,
+                         **{name: float(row[name]) for name in evaluate.measures(row)}}
+                        for row in content["rows"]]
         except (ValueError, KeyError, TypeError):  # damaged: they are measured again
             pass
     rows = evaluate.measure(label, network, nfes, reference, seed=seed, **settings)
@@ -166,10 +177,10 @@ def measured(path, label, nfes, network, reference, settings, seed):
 
 
 def make_table(args, given):
-    """Trains and measures the cells of a table, prints it, and draws Figure 6 for the losses."""
+    """Trains and measures the cells of a table, prints it, and draws the picture that it has."""
     default, root = make_config(args.dataset, **given), ROOT / args.dataset
     shape, machine = data.sample_shape(default), given_flags(args, evaluate.OPENING)
-    rows, trained, pictures, diverged, reference = [], {}, [], [], None
+    rows, trained, ladder, diverged, reference = [], {}, [], [], None
 
     seeds = range(args.seed, args.seed + args.seeds)
     for label, seed, path in runs(args.kind, args.dataset, seeds, given, diverged):
@@ -177,22 +188,54 @@ def make_table(args, given):
         if reference is None:
             reference, settings, teacher_nfes = evaluate.prepare(args, default, shape, network)
         nfes = teacher_nfes if label == "teacher" else args.nfe
-        rows += measured(path, label, nfes, network, reference, settings, args.seed)
+        several = GUIDANCE if label == "teacher" and args.kind == "guidance" else (None,)
+        for w in several:
+            guided = sample.with_guidance(network, content, cfg, w)
+            rows += measured(path, label if w is None else f"{label}, w = {w:g}", nfes, guided,
+                             reference, settings, args.seed)
         if label != "teacher":
             trained.setdefault(label, []).append((cfg, content.get("seconds", 0)))
         if seed == args.seed and args.kind == "losses":
-            pictures.append((label, network, (1, 4)))
+            ladder.append((label, network, (1, 4)))
 
     text = evaluate.report(args.dataset, reference, rows, args.solver)
     evaluate.write(args.out or root / args.kind, args.dataset, reference, rows,
                    "\n\n".join([f"{TABLES[args.kind]}: {text}", costs(trained), *diverged]),
                    ablation=args.kind, seeds=args.seeds, solver=args.solver, diverged=diverged)
-    if pictures:
-        picture = sample.strips(root / "figure6.png", pictures, shape, (1, 4), args.seed,
+    if ladder:
+        picture = sample.strips(root / "figure6.png", ladder, shape, (1, 4), args.seed,
                                 settings["device"], columns=8, decode=settings["decode"],
                                 across=len(shape) == 1,
                                 title=f"{args.dataset}: the losses one after the other (Figure 6)")
         print(f"wrote {picture}")
+    if args.kind == "guidance":
+        print(f"wrote {guidance_picture(root / 'guidance.png', rows, reference.name)}")
+
+
+def guidance_picture(file, rows, distance):
+    """Draws spread and distance of one call over t_trunc, one line per w; dashed: the teachers."""
+    def median(measure, network, nfe):
+        found = [r[measure] for r in rows if r["network"] == network and r["nfe"] == nfe]
+        return statistics.median(found) if found else math.nan
+
+    most = max(r["nfe"] for r in rows)             # the teacher's calls at its best
+    with plt.rc_context(STYLE):
+        fig, axes = plt.subplots(2, 2, figsize=(9.2, 6), sharex=True, sharey="row")
+        for line, measure, name in zip(axes, ("spread", "distance"), ("std / data's std", distance)):
+            for ax, losses in zip(line, ("CD", "all")):
+                for w, colour in zip(GUIDANCE, ("#444444", "#c2571a", "#1f5fa8")):
+                    students = [median(measure, f"{losses}, w = {w:g}, t_trunc = {t:g}", 1)
+                                for t in TRUNCATION]
+                    ax.plot(TRUNCATION, students, marker="o", ms=4, c=colour, label=f"w = {w:g}")
+                    ax.axhline(median(measure, f"teacher, w = {w:g}", most), c=colour, ls="--",
+                               lw=1)
+            line[0].set_ylabel(name.split(",")[0])
+        axes[0, 0].set_title("CD with truncation alone, 1 NFE")
+        axes[0, 1].set_title("all losses, 1 NFE")
+        for ax in axes[1]:
+            ax.set(xlabel="t_trunc", xticks=TRUNCATION)
+        axes[0, 0].legend(frameon=False, title=f"dashed: teacher, {most} NFE")
+        return pictures.write(fig, file)
 
 
 def main(argv=None):

@@ -193,7 +193,9 @@ def run(tmp_path):
 def test_classes_are_drawn_and_measured(run):
     assert is_picture(run / "samples.png") and is_picture(run / "preview_000006.png")
     printed = works("evaluate.py --nfe 1 2 4 --n 400 --guidance 1 3")
-    assert "as asked: class, in percent" in printed and "| teacher, w = 3 " in printed
+    assert "as asked: class, in percent" in printed
+    assert "spread within a class, in percent of the data's" in printed
+    assert "| teacher, w = 3 " in printed
     guided = next(line for line in printed.splitlines() if line.startswith("| teacher, w = 3"))
     assert guided.split("|")[2].strip() == ""      # one call is half a step of a guided teacher
 

@@ -1255,6 +1255,15 @@ def test_spread_is_the_root_of_the_mean_variance():
         spread.add(batch)
     assert spread.std == pytest.approx(3 * std)
 
+    # within classes: the mean of the classes' variances; a class of one sample has none
+    y, within = torch.arange(500) % 2, evaluate.Spread()
+    apart = x + 100 * y[:, None]
+    for batch, classes in zip(apart.split(70), y.split(70)):
+        within.add(batch, classes)
+    within.add(normal((1, 4), 1), torch.tensor([7]))
+    expected = torch.stack([x[y == k].var(0) for k in (0, 1)]).mean().sqrt().item()
+    assert within.std == pytest.approx(expected) and evaluate.Spread().add(apart).std > 40
+
 
 # ---------------------------------------------------------------------------------------- imports
 
