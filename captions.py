@@ -1,9 +1,10 @@
-"""Captions: a data set for text to image that is drawn on the fly, without a download.
+"""Captions: data sets for text to image that are drawn on the fly.
 
-A picture (3, 28, 28) shows one or two shapes in six colours on black, and its caption says what:
-"a green ring", "a red cross left of a blue disc", "a yellow bar above a cyan square". Some pairs of
-colour and shape are never drawn, so that one can measure whether a network composes them.
-`judge` decides by formula whether a picture shows what its caption says.
+A picture (3, 28, 28) shows one or two objects in six colours on black, and its caption says what:
+"a green ring", "a red cross left of a blue disc", "a yellow bar above a cyan square". The objects are
+shapes, drawn by formula, or MNIST's digits ("a red three left of a blue seven"), which are harder
+to learn. Some pairs of colour and object are never drawn, so that one can measure whether a network
+composes them. `Captions.judge` decides whether a picture shows what its caption says.
 """
 
 import torch
@@ -14,81 +15,213 @@ from harness import UserError
 SIZE, LENGTH = 28, 8               # pixels per side, words of the longest caption
 COLOURS = {"red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1), "yellow": (1, 1, 0),
            "magenta": (1, 0, 1), "cyan": (0, 1, 1)}
+RGB = torch.tensor(list(COLOURS.values()), dtype=torch.float32)
+WORDS = ("", "a", "left", "of", "above", *COLOURS)             # then come the names of the objects
+FIRST_COLOUR, FIRST_OBJECT = WORDS.index("red"), len(WORDS)     # tokens: a word's is its place
 SHAPES = ("disc", "square", "triangle", "ring", "cross", "bar")
-WORDS = ("", "a", "left", "of", "above", *COLOURS, *SHAPES)    # a word's token is its place here
-HELD_OUT = (("red", "ring"), ("green", "bar"), ("blue", "triangle"), ("yellow", "cross"))
-FIRST_COLOUR, FIRST_SHAPE = WORDS.index("red"), WORDS.index("disc")   # tokens
-PAIRS = torch.tensor([[c, s] for c, colour in enumerate(COLOURS) for s, shape in enumerate(SHAPES)
-                      if (colour, shape) not in HELD_OUT])     # (32, 2), those that are drawn
-EXAMPLES = ("a green ring", "a red cross left of a blue disc", "a yellow bar above a cyan square",
-            "a magenta triangle", "a red ring", "a blue triangle left of a green bar",
-            "a cyan disc above a red square", "a yellow cross", "a green square left of a red disc",
-            "a blue bar")
+ONE, TWO = 0.8, 0.6               # the scale of a digit alone, and of each of two
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+OBJECTS = {"captions": SHAPES, "captions-digits": DIGITS}
+HELD_OUT = {"captions": ("red ring", "green bar", "blue triangle", "yellow cross"),
+            "captions-digits": ("red three", "green eight", "blue one", "yellow five",
+                                "magenta nine", "cyan two")}
+EXAMPLES = {
+    "captions": ("a green ring", "a red cross left of a blue disc",
+                 "a yellow bar above a cyan square", "a magenta triangle", "a red ring",
+                 "a blue triangle left of a green bar", "a cyan disc above a red square",
+                 "a yellow cross", "a green square left of a red disc", "a blue bar"),
+    "captions-digits": ("a green five", "a red three left of a blue seven",
+                        "a yellow nine above a cyan two", "a magenta four", "a red three",
+                        "a blue one left of a green eight", "a cyan zero above a red six",
+                        "a yellow five", "a green seven left of a red four", "a blue eight")}
 
 
 # ----------------------------------------------------------------------------------- captions
 
 
-def tokens(captions):
+def tokens(captions, dataset="captions"):
     """A list of captions -> their words' numbers, int64 (n, LENGTH), zeros behind the last word.
 
     The empty caption is the null condition. Raises UserError for unknown or too many words.
     """
-    rows = torch.zeros(len(captions), LENGTH, dtype=torch.long)
+    known, rows = (*WORDS, *OBJECTS[dataset]), torch.zeros(len(captions), LENGTH, dtype=torch.long)
     for row, caption in zip(rows, captions):
         words = caption.lower().split()
-        if unknown := [word for word in words if word not in WORDS]:
+        if unknown := [word for word in words if word not in known]:
             raise UserError(f"the caption {caption!r} has the unknown word {unknown[0]!r}; the "
-                            f"words are {', '.join(WORDS[1:])}")
+                            f"words are {', '.join(known[1:])}")
         if len(words) > LENGTH:
             raise UserError(f"the caption {caption!r} has {len(words)} words, and {LENGTH} are the "
                             "most; shorten it")
-        row[:len(words)] = torch.tensor([WORDS.index(word) for word in words])
+        row[:len(words)] = torch.tensor([known.index(word) for word in words])
     return rows
 
 
-def caption(colours, shapes, relation):
-    """Tokens (n, LENGTH) of scenes: colours and shapes int64 (n, 2), relation int64 (n,).
+def caption(colours, objects, relation):
+    """Tokens (n, LENGTH) of scenes: colours and objects int64 (n, 2), relation int64 (n,).
 
     relation: 0 for the first object alone, 1 for "left of", 2 for "above".
     """
     a, left, of, above = (torch.full_like(relation, WORDS.index(w)) for w in WORDS[1:5])
-    first, second = ([a, FIRST_COLOUR + colours[:, k], FIRST_SHAPE + shapes[:, k]] for k in (0, 1))
+    first, second = ([a, FIRST_COLOUR + colours[:, k], FIRST_OBJECT + objects[:, k]] for k in (0, 1))
     none = torch.zeros_like(a)
     forms = [[*first, *[none] * 5], [*first, left, of, *second], [*first, above, *second, none]]
     forms = torch.stack([torch.stack(form, 1) for form in forms])          # (3, n, LENGTH)
     return forms[relation, torch.arange(len(relation))]
 
 
-def scenes(n, generator=None, pairs=PAIRS):
-    """Random colours, shapes (n, 2) and relations (n,): 40 % one object, 30 % each relation."""
-    chosen = pairs[torch.randint(len(pairs), (n, 2), generator=generator)]
-    relation = (torch.rand(n, generator=generator) * 10).long()
-    return chosen[..., 0], chosen[..., 1], (relation >= 4).long() + (relation >= 7).long()
-
-
-# ----------------------------------------------------------------------------------- pictures
-
-
-def draw(colours, shapes, relation, generator=None):
-    """Pictures of scenes, float32 (n, 3, SIZE, SIZE) in [-1, 1], with jitter of size and place."""
-    n, middle = len(relation), SIZE / 2
-    jitter = torch.rand(n, 2, 3, generator=generator)
-    two = (relation > 0)[:, None]
-    radius = torch.where(two, 4.2 + 1.3 * jitter[..., 0], 6 + 3 * jitter[..., 0])
-
+def places(relation, generator=None):
+    """Where objects lie: x, y, and size from 0.9 to 1.1, (n, 2) each; relations (n,) as above."""
+    jitter, middle = torch.rand(len(relation), 2, 3, generator=generator), SIZE / 2
+    two, above = (relation > 0)[:, None], (relation == 2)[:, None]
     # one object lies near the middle; two lie in halves, free to move along the border of these
-    along = middle + torch.tensor([-7.0, 7.0]) + 2.0 * (jitter[..., 1] - 0.5)
+    along = middle + torch.tensor([-7.0, 7.0]) + 1.0 * (jitter[..., 1] - 0.5)
     across = middle + 8.0 * (jitter[..., 2] - 0.5)
     alone = middle + 4.0 * (jitter[..., 1:] - 0.5)
-    above = (relation == 2)[:, None]
     x = torch.where(two, torch.where(above, across, along), alone[..., 0])
     y = torch.where(two, torch.where(above, along, across), alone[..., 1])
+    return x, y, 0.9 + 0.2 * jitter[..., 0]
 
-    rgb = torch.tensor(list(COLOURS.values()), dtype=torch.float32)[colours]   # (n, 2, 3)
-    cover = coverage(shapes, x, y, radius)                                 # (n, 2, SIZE, SIZE)
-    cover[:, 1] *= two[:, :, None]
-    return 2 * torch.einsum("nohw,noc->nchw", cover, rgb).clamp(max=1) - 1
+
+# ------------------------------------------------------------------------------- the data sets
+
+
+class Captions:
+    """The data set of shapes: endless, every batch is drawn anew; y are tokens (n, LENGTH)."""
+
+    name, size, key, shape = "captions", None, "captions-2", (3, SIZE, SIZE)
+
+    def __init__(self, conditional=True):
+        self.conditional = conditional
+        self.held_out = torch.tensor([[list(COLOURS).index(colour), OBJECTS[self.name].index(kind)]
+                                      for colour, kind in map(str.split, HELD_OUT[self.name])])
+        every = torch.cartesian_prod(torch.arange(len(COLOURS)),
+                                     torch.arange(len(OBJECTS[self.name])))
+        self.pairs = every[~(every[:, None] == self.held_out).all(2).any(1)]   # those it draws
+
+    def scenes(self, n, generator=None):
+        """Random colours, objects (n, 2) and relations (n,): 40 % one object, 30 % each relation."""
+        chosen = self.pairs[torch.randint(len(self.pairs), (n, 2), generator=generator)]
+        relation = (torch.rand(n, generator=generator) * 10).long()
+        return chosen[..., 0], chosen[..., 1], (relation >= 4).long() + (relation >= 7).long()
+
+    def draw(self, colours, objects, relation, generator=None):
+        """Pictures of scenes, float32 (n, 3, SIZE, SIZE) in [-1, 1], jittered in size and place."""
+        two = (relation > 0)[:, None]
+        cover = self.cover(objects, *places(relation, generator), two, generator)
+        cover[:, 1] *= two[:, :, None]
+        return 2 * torch.einsum("nohw,noc->nchw", cover, RGB[colours]).clamp(max=1) - 1
+
+    def cover(self, shapes, x, y, size, two, generator):
+        return coverage(shapes, x, y, size * torch.where(two, 5.5, 7.5))
+
+    def batch(self, n, draws):
+        scene = self.scenes(n * draws.world, draws.generator)
+        z0 = draws.mine(self.draw(*scene, draws.generator))
+        return z0, draws.mine(caption(*scene)) if self.conditional else None
+
+    def conditions(self, n, generator):
+        """Captions of n samples that are still to be made, int64 (n, LENGTH), or None."""
+        return caption(*self.scenes(n, generator)) if self.conditional else None
+
+    def decode(self, z0):
+        return z0
+
+    # ---- measuring
+
+    def questions(self, n, seed=0):
+        """n captions to measure by, (n, LENGTH): half of drawn pairs, half with one held out."""
+        generator = torch.Generator().manual_seed(seed)
+        colours, objects, relation = self.scenes(n, generator)
+        unseen = self.held_out[torch.randint(len(self.held_out), (n // 2,), generator=generator)]
+        colours[: n // 2, 0], objects[: n // 2, 0] = unseen.T
+        return caption(colours, objects, relation)
+
+    def object_of(self, pictures, mask, two):
+        """The one object in pictures (n, 3, h, w), int64 (n,): the nearest template's."""
+        every, middle = torch.arange(len(SHAPES))[:, None], torch.full((len(SHAPES), 1), SIZE / 2)
+        templates = normalised(coverage(every, middle, middle, middle / 1.75)[:, 0])
+        return (normalised(mask) @ templates.T).argmax(1)
+
+    def judge(self, pictures, y):
+        """Whether pictures (n, 3, SIZE, SIZE) show their captions y: a dict of bool (n,).
+
+        colour, object: of everything in the caption. relation: one object is alone; of two, each lies
+        in its half, and further from the other along the relation than across. all: all three.
+        """
+        n, half = len(y), SIZE // 2
+        right = {name: torch.zeros(n, dtype=torch.bool) for name in ("colour", "object", "relation")}
+        left, above = (y[:, 3] == WORDS.index(word) for word in ("left", "above"))
+        for kind, at in enumerate(([1], [1, 6], [1, 5])):      # where the colours' words stand
+            rows = left.long() + 2 * above.long() == kind
+            if not rows.any():
+                continue
+            parts = [pictures[rows]] if kind == 0 else pictures[rows].split(half, dim=4 - kind)
+            masks = [mask_of(part) for part in parts]
+            colours = [colour_of(part, mask) for part, mask in zip(parts, masks)]
+            objects = [self.object_of(part, mask, kind > 0) for part, mask in zip(parts, masks)]
+            right["colour"][rows] = torch.stack([
+                y[rows, p] - FIRST_COLOUR == found for p, found in zip(at, colours)]).all(0)
+            right["object"][rows] = torch.stack([
+                y[rows, p + 1] - FIRST_OBJECT == found for p, found in zip(at, objects)]).all(0)
+
+            (m1, *c1, spread), (m2, *c2, _) = moments(masks[0]), moments(masks[-1])
+            if kind == 0:
+                right["relation"][rows] = spread < 7.5         # a second object would spread it
+            else:
+                across = (c1[kind % 2] - c2[kind % 2]).abs()   # v for left of, u for above
+                along = (c1[kind - 1] - c2[kind - 1] - half).abs()
+                right["relation"][rows] = (torch.minimum(m1, m2) > 5) & (across < along)
+        return right | {"all": torch.stack([*right.values()]).all(0)}
+
+    def scores(self, pictures, y):
+        """`judge` by kind of caption: {what is right: bool (k,), of the captions it is about}."""
+        right, two = self.judge(pictures, y), y[:, 3] > 0
+        pairs = torch.stack([y[:, p : p + 2] for p in (1, 5, 6)], 1)[:, :, None]   # (n, 3, 1, 2)
+        first = torch.tensor([FIRST_COLOUR, FIRST_OBJECT])
+        held_out = (pairs == self.held_out + first).all(3).flatten(1).any(1)
+        return {"all right, one object": right["all"][~held_out & ~two],
+                "all right, two objects": right["all"][~held_out & two],
+                "all right, pairs never drawn": right["all"][held_out],
+                **{name: right[name][~held_out] for name in ("colour", "object", "relation")}}
+
+
+class CaptionedDigits(Captions):
+    """The same with MNIST's digits, uint8 (N, 1, 28, 28) and int64 (N,): `key` is that of these.
+
+    classify tells digits (n, 1, 28, 28) in [-1, 1] apart, int64 (n,); only judging needs it.
+    """
+
+    name = "captions-digits"
+
+    def __init__(self, images, labels, key, conditional=True, classify=None):
+        super().__init__(conditional)
+        self.images, self.key, self.classify = images, f"captions-digits-1-{key}", classify
+        self.counts = labels.bincount(minlength=10)
+        self.order = labels.argsort(stable=True)   # the digits of a kind lie side by side
+        self.starts = self.counts.cumsum(0) - self.counts
+
+    def cover(self, digits, x, y, size, two, generator):
+        chance = torch.rand(digits.shape, generator=generator)
+        one = self.order[self.starts[digits] + (chance * self.counts[digits]).long()].flatten()
+        moved = moved_to(self.images[one].float() / 255, x.flatten(), y.flatten(),
+                         (size * torch.where(two, TWO, ONE)).flatten())
+        return moved.view(*digits.shape, SIZE, SIZE)
+
+    def object_of(self, pictures, mask, two):
+        """The digit in pictures (n, 3, h, w), by the classifier, on a canvas of its own."""
+        _, u, v, _ = moments(mask)
+        scale, middle = torch.full_like(u, 1 / (TWO if two else ONE)), SIZE / 2
+        grey = ((pictures.amax(1, keepdim=True) + 1) / 2).clamp(0, 1)
+        canvas = F.pad(grey, (0, SIZE - grey.shape[3], 0, SIZE - grey.shape[2]))
+        centred = moved_to(canvas, middle + (middle - u) * scale, middle + (middle - v) * scale,
+                           scale)
+        return self.classify(2 * centred - 1)
+
+
+
+
+# ------------------------------------------------------------------------------------- drawing
 
 
 def coverage(shapes, x, y, r):
@@ -109,33 +242,27 @@ def coverage(shapes, x, y, r):
     return (0.5 - signed.gather(0, chosen)[0]).clamp(0, 1)
 
 
-class Captions:
-    """The data set: endless, every batch is drawn anew; y are tokens int64 (n, LENGTH)."""
-
-    size, key, shape = None, "captions-1", (3, SIZE, SIZE)
-
-    def __init__(self, conditional=True):
-        self.conditional = conditional
-
-    def batch(self, n, draws):
-        scene = scenes(n * draws.world, draws.generator)
-        z0 = draws.mine(draw(*scene, draws.generator))
-        return z0, draws.mine(caption(*scene)) if self.conditional else None
-
-    def conditions(self, n, generator):
-        """Captions of n samples that are still to be made, int64 (n, LENGTH), or None."""
-        return caption(*scenes(n, generator)) if self.conditional else None
-
-    def decode(self, z0):
-        return z0
+def moved_to(images, x, y, scale):
+    """Images (n, 1, SIZE, SIZE) whose middle is moved to x, y (n,) and scaled by scale (n,)."""
+    zero, half = torch.zeros_like(x), SIZE / 2
+    theta = torch.stack([torch.stack([1 / scale, zero, (half - x) / half / scale], 1),
+                         torch.stack([zero, 1 / scale, (half - y) / half / scale], 1)], 1)
+    grid = F.affine_grid(theta, images.shape, align_corners=False)
+    return F.grid_sample(images, grid, align_corners=False)
 
 
-# -------------------------------------------------------------------------------------- judge
+# --------------------------------------------------------------------------- reading a picture
 
 
 def mask_of(pictures):
     """How much an object covers each pixel, (n, 3, h, w) -> (n, h, w); faint noise counts as 0."""
     return ((pictures.amax(1) + 0.2) / 1.2).clamp(0, 1)
+
+
+def colour_of(pictures, mask):
+    """The colour of the one object in pictures (n, 3, h, w): the nearest direction of mean rgb."""
+    mean = (((pictures + 1) / 2).clamp(0, 1) * mask[:, None]).sum((2, 3))
+    return (F.normalize(mean, dim=1) @ F.normalize(RGB, dim=1).T).argmax(1)
 
 
 def moments(mask):
@@ -157,71 +284,3 @@ def normalised(mask, side=16):
                         at_v[:, :, None].expand(n, side, side)], dim=-1)
     flat = F.grid_sample(mask[:, None], grid, align_corners=False).flatten(1)
     return F.normalize(flat - flat.mean(1, keepdim=True), dim=1)
-
-
-def what(picture):
-    """Colour and shape of the one object in pictures (n, 3, h, w), int64 (n,) each.
-
-    The colour is the nearest direction of the mean rgb, the shape the nearest template.
-    """
-    light, mask = ((picture + 1) / 2).clamp(0, 1), mask_of(picture)
-    rgb = torch.tensor(list(COLOURS.values()), dtype=torch.float32)
-    mean = F.normalize((light * mask[:, None]).sum((2, 3)), dim=1)
-    every, middle = torch.arange(len(SHAPES))[:, None], torch.full((len(SHAPES), 1), SIZE / 2)
-    templates = normalised(coverage(every, middle, middle, middle / 1.75)[:, 0])
-    return (mean @ F.normalize(rgb, dim=1).T).argmax(1), (normalised(mask) @ templates.T).argmax(1)
-
-
-def judge(pictures, y):
-    """Whether pictures (n, 3, SIZE, SIZE) show their captions y (n, LENGTH): a dict of bool (n,).
-
-    colour, shape: of every object. relation: one object is alone; of two, each lies in its half,
-    and further from the other along the relation than across. all: the three together.
-    """
-    n, half = len(y), SIZE // 2
-    right = {name: torch.zeros(n, dtype=torch.bool) for name in ("colour", "shape", "relation")}
-    left, above = (y[:, 3] == WORDS.index(word) for word in ("left", "above"))
-    relation = left.long() + 2 * above.long()
-    for kind, places in enumerate(([1], [1, 6], [1, 5])):      # where the colours' words stand
-        rows = relation == kind
-        if not rows.any():
-            continue
-        parts = [pictures[rows]] if kind == 0 else pictures[rows].split(half, dim=4 - kind)
-        found = [what(part) for part in parts]
-        for k, (name, token) in enumerate((("colour", FIRST_COLOUR), ("shape", FIRST_SHAPE))):
-            asked = [y[rows, p + k] - token for p in places]
-            right[name][rows] = torch.stack([f[k] == a for f, a in zip(found, asked)]).all(0)
-
-        masses = [moments(mask_of(part)) for part in parts]
-        if kind == 0:
-            right["relation"][rows] = masses[0][3] < 7.5       # a second object would spread it
-        else:
-            (m1, *c1, _), (m2, *c2, _) = masses
-            across = (c1[kind % 2] - c2[kind % 2]).abs()       # v for left of, u for above
-            along = (c1[kind - 1] - c2[kind - 1] - half).abs()
-            right["relation"][rows] = (torch.minimum(m1, m2) > 10) & (across < along)
-    return right | {"all": torch.stack([*right.values()]).all(0)}
-
-
-def questions(n, seed=0):
-    """n captions to measure by, int64 (n, LENGTH): half of drawn pairs, half with one held out."""
-    generator = torch.Generator().manual_seed(seed)
-    colours, shapes, relation = scenes(n, generator)
-    unseen = torch.tensor([[list(COLOURS).index(c), SHAPES.index(s)] for c, s in HELD_OUT])
-    chosen = unseen[torch.randint(len(unseen), (n // 2,), generator=generator)]
-    colours[: n // 2, 0], shapes[: n // 2, 0] = chosen.T
-    return caption(colours, shapes, relation)
-
-
-def scores(pictures, y):
-    """`judge` by kind of caption: {what is right: bool (k,), of the captions that it is about}."""
-    right, two = judge(pictures, y), y[:, 3] > 0
-    held_out = torch.zeros(len(y), dtype=torch.bool)
-    for colour, shape in HELD_OUT:
-        for place in (1, 5, 6):
-            held_out |= ((y[:, place] == WORDS.index(colour))
-                         & (y[:, place + 1] == WORDS.index(shape)))
-    return {"all right, one object": right["all"][~held_out & ~two],
-            "all right, two objects": right["all"][~held_out & two],
-            "all right, pairs never drawn": right["all"][held_out],
-            **{name: right[name][~held_out] for name in ("colour", "shape", "relation")}}

@@ -16,7 +16,8 @@ from harness import UserError
 
 POINT_SETS = ("8gaussians", "moons", "checkerboard", "spirals")
 LATENT_SETS = ("celebahq", "folder")                   # images that an autoencoder encodes first
-DATASETS = (*POINT_SETS, "mnist", "captions", *LATENT_SETS)
+CAPTION_SETS = ("captions", "captions-digits")         # text to image, drawn on the fly
+DATASETS = (*POINT_SETS, "mnist", *CAPTION_SETS, *LATENT_SETS)
 LATENT_DOWNSAMPLING = 8                                # 8 x 8 pixels become one latent position
 LATENT_CHANNELS = {"sd": 4, "taesd": 4, "taef2": 32}
 CLASSES = {"8gaussians": 8, "mnist": 10}               # a folder's classes are its sub-folders
@@ -122,6 +123,7 @@ PRESETS = {
 }
 
 PRESETS["captions"] = PRESETS["mnist"] | dict(condition="text", guidance=1.5)
+PRESETS["captions-digits"] = PRESETS["captions"] | dict()
 
 # The paper's experiment, CelebA-HQ 256. What the paper does not state is taken from the official
 # code (o), the teacher's values from LFM (l).
@@ -242,9 +244,9 @@ def with_classes(cfg):
             raise UserError(f"--guidance {cfg.guidance} needs a condition; add --condition class "
                             "(captions: text), or --guidance 1")
         return cfg
-    if (cfg.condition == "text") != (cfg.dataset == "captions"):
-        raise UserError(f"--condition {cfg.condition} does not fit {cfg.dataset}; captions has "
-                        "text, the other data sets have classes or nothing")
+    if (cfg.condition == "text") != (cfg.dataset in CAPTION_SETS):
+        raise UserError(f"--condition {cfg.condition} does not fit {cfg.dataset}; captions and "
+                        "captions-digits have text, the other data sets have classes or nothing")
     if cfg.condition == "class" and cfg.dataset not in CLASSES and cfg.dataset != "folder":
         raise UserError(f"--condition class needs classes, and {cfg.dataset} has none; "
                         f"{', '.join(CLASSES)} and folder have")

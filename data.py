@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 import captions
-from config import LATENT_CHANNELS, LATENT_DOWNSAMPLING, LATENT_SETS, POINT_SETS, flag
+from config import (CAPTION_SETS, LATENT_CHANNELS, LATENT_DOWNSAMPLING, LATENT_SETS, POINT_SETS,
+                    flag)
 from harness import UserError, first_line
 from harness.machine import FIRST, RANK, WORLD, wait
 from harness.pictures import from_uint8
@@ -208,6 +209,10 @@ def load(cfg, device="cpu", train=True):
         dataset = Points(cfg.dataset, cfg.num_classes)
     elif cfg.dataset == "captions":
         dataset = captions.Captions(cfg.condition == "text")
+    elif cfg.dataset == "captions-digits":
+        images, labels = mnist(cfg.data_dir, train)
+        dataset = captions.CaptionedDigits(images, labels, key_of(images, labels),
+                                           cfg.condition == "text")
     elif cfg.dataset == "mnist":
         images, labels = mnist(cfg.data_dir, train)
         dataset = Images(images, device, labels if cfg.condition == "class" else None)
@@ -225,7 +230,8 @@ def with_classes(cfg):
     if cfg.condition == "none" or cfg.num_classes:
         return cfg
     if cfg.condition == "text":
-        return replace(cfg, num_classes=len(captions.WORDS))
+        words = (*captions.WORDS, *captions.OBJECTS[cfg.dataset])
+        return replace(cfg, num_classes=len(words))
     import latents
     names = latents.class_names(latents.open_images(cfg))
     print("classes: " + ", ".join(f"{i} {latents.printable(name)}" for i, name in enumerate(names)))
@@ -249,7 +255,7 @@ def sample_shape(cfg):
         return (2,)
     if cfg.dataset == "mnist":
         return (1, 28, 28)
-    if cfg.dataset == "captions":
+    if cfg.dataset in CAPTION_SETS:
         return captions.Captions.shape
     return (LATENT_CHANNELS[cfg.vae], *[cfg.image_size // LATENT_DOWNSAMPLING] * 2)
 
@@ -259,8 +265,8 @@ def key(cfg):
     if cfg.dataset in LATENT_SETS:
         import latents
         return latents.data_key(cfg)
-    if cfg.dataset == "captions":
-        return captions.Captions.key
+    if cfg.dataset in CAPTION_SETS:
+        return load(cfg).key
     if cfg.dataset == "mnist":
         images, labels = mnist(cfg.data_dir)
         return key_of(images, labels if cfg.condition == "class" else None)

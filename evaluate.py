@@ -16,15 +16,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import captions
 import data
 import sample
-from config import CLASSES, DATASETS, LATENT_SETS, MACHINE, POINT_SETS, identity
+from config import CAPTION_SETS, CLASSES, DATASETS, LATENT_SETS, MACHINE, POINT_SETS, identity
 from harness import UserError
 from harness.checkpoint import differences, write_text
 from harness.pictures import from_uint8
 from harness.script import add_field_flags, given_flags, make_parser, run_script
-from study.features import extractor
+from study.features import extractor, mnist_classifier
 
 OPENING = (*MACHINE, "data_dir", "vae_weights")    # settings with which checkpoints are opened
 RIGHT = "as asked: "               # before the names of measures of conditional samples
@@ -139,9 +138,9 @@ def real_data(cfg, n, generator):
         digits, real = data.mnist(cfg.data_dir)[0], data.mnist(cfg.data_dir, False)[0]
         chosen = torch.randperm(len(digits), generator=generator)[:n]
         return [from_uint8(real)], [from_uint8(digits[chosen])], "test digits"
-    if cfg.dataset == "captions":
-        real, held_out = (captions.draw(*captions.scenes(n, generator), generator)
-                          for _ in range(2))
+    if cfg.dataset in CAPTION_SETS:
+        scenes = data.load(cfg, train=False)
+        real, held_out = (scenes.draw(*scenes.scenes(n, generator), generator) for _ in range(2))
         return [real], [held_out], "pictures"
     return images_in_blocks(cfg), None, "images"
 
@@ -179,8 +178,9 @@ class Reference:
             self.points) else extractor(cfg, spec, device)
         self.right = lambda x, features, y: (
             {"class": self.classes(features) == y} if self.classes else {})
-        if cfg.dataset == "captions":
-            self.right = lambda x, features, y: captions.scores(x, y)
+        if cfg.dataset in CAPTION_SETS:
+            scenes = captions_with_judge(cfg)
+            self.right = lambda x, features, y: scenes.scores(x, y)
         generator = torch.Generator().manual_seed(20_000)
         batches, held_out, kind = real_data(cfg, n, generator)
         real, self.std, self.within = self.embedded(batches)
@@ -224,6 +224,15 @@ class Reference:
         distance = (1000 * sliced_w2(fake, real, self.projected) if self.points
                     else frechet_distance(fake, real))
         return {"distance": distance, "precision": precision, "recall": recall}
+
+
+def captions_with_judge(cfg):
+    """The data set of captions; that of digits with a classifier, which its judge needs."""
+    scenes = data.load(cfg, train=False)
+    if cfg.dataset == "captions-digits":
+        network = mnist_classifier(cfg.data_dir)
+        scenes.classify = torch.no_grad()(lambda x: network(x).argmax(1))
+    return scenes
 
 
 def mode_of(cfg):
@@ -425,7 +434,7 @@ def prepare(args, cfg, shape, network):
     device = next(network.parameters()).device
     settings = dict(shape=tuple(shape), n=n, solver=args.solver, device=device,
                     batch=args.batch or sample.at_a_time(cfg.dataset),
-                    decode=sample.open_decoder(cfg), y=captions.questions(n)
+                    decode=sample.open_decoder(cfg), y=data.load(cfg).questions(n)
                     if cfg.condition == "text" else sample.conditions_of(cfg)(n))
     return Reference(cfg, n, args.features, device), settings, sorted({*args.nfe, best})
 

@@ -59,7 +59,7 @@ class Text(nn.Module):
         super().__init__()
         self.length = length
         self.words = nn.Embedding(words, dim)
-        self.positions = nn.Parameter(0.02 * torch.randn(length, dim))
+        self.positions = nn.Parameter(torch.randn(length, dim))   # as large as words
         self.block = nn.TransformerEncoderLayer(dim, 4, 2 * dim, dropout=0.0, batch_first=True,
                                                 norm_first=True)
 

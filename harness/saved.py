@@ -79,7 +79,7 @@ def conditions_of(cfg, classes=(), prompts=()):
     if cfg.condition == "none":
         return unconditional
     if cfg.condition == "text":
-        chosen = captions.tokens(prompts or captions.EXAMPLES)
+        chosen = captions.tokens(prompts or captions.EXAMPLES[cfg.dataset], cfg.dataset)
     else:
         chosen = torch.tensor(classes or range(cfg.num_classes))
     return lambda n: chosen[torch.arange(n) % len(chosen)]

@@ -16,7 +16,7 @@ from torch import nn
 from tqdm import trange
 
 import data
-from config import LATENT_SETS, make_config
+from config import CAPTION_SETS, LATENT_SETS, make_config
 from harness import UserError, checkpoint, first_line
 from harness.pictures import from_uint8, to_uint8
 
@@ -124,7 +124,7 @@ def extractor(cfg, spec=None, device="cpu"):
     classes = None
     if spec is not None:
         name, function = spec, function_of(spec)
-    elif cfg.dataset == "captions":
+    elif cfg.dataset in CAPTION_SETS:
         name, function = "means of 4 x 4 pixels", lambda x: F.avg_pool2d(x, 4).flatten(1)
     elif cfg.dataset in LATENT_SETS:
         name, function = "Inception features", inception(device)

@@ -12,7 +12,7 @@ import data
 import evaluate
 import sample
 import train
-from config import DATASETS, Config, make_config
+from config import CAPTION_SETS, DATASETS, Config, make_config
 from data import Draws
 from harness.run import Run
 from harness.script import given_flags, make_parser, run_script
@@ -46,7 +46,7 @@ def main(argv=None):
     args = evaluate.parse(parser, argv, names, "measure with so many seeds of the noise [1]",
                           "runs/guide-everything/evaluation")
     given = given_flags(args, names)
-    condition = "text" if args.dataset == "captions" else "class"
+    condition = "text" if args.dataset in CAPTION_SETS else "class"
     cfg = make_config(args.dataset, **{"condition": condition, "guidance": 3.0} | given,
                       seed=args.seed, out="runs/guide-everything")
     with Run(cfg, go_on=True) as run:

@@ -3,11 +3,13 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import captions
 import data
 import model
 from config import make_config
+from harness import UserError
 from harness.saved import conditions_of
 from running import gen, is_picture, read, refused, works
 
@@ -18,59 +20,89 @@ TINY = ("--dataset captions --channels 8 --heads 2 --disc-channels 8 --batch-siz
 
 
 def text(row):
-    return " ".join(captions.WORDS[i] for i in row if i)
+    return " ".join((*captions.WORDS, *captions.SHAPES)[i] for i in row if i)
+
+
+@pytest.fixture(scope="module")
+def shapes():
+    return captions.Captions()
 
 
 # -------------------------------------------------------------------------------- the data set
 
 
-def test_the_judge_agrees_with_what_was_drawn_and_with_nothing_else():
-    scene = captions.scenes(2000, gen(0))
-    pictures, y = captions.draw(*scene, gen(1)), captions.caption(*scene)
-    right = captions.judge(pictures, y)
+def test_the_judge_agrees_with_what_was_drawn_and_with_nothing_else(shapes):
+    scene = shapes.scenes(2000, gen(0))
+    pictures, y = shapes.draw(*scene, gen(1)), captions.caption(*scene)
+    right = shapes.judge(pictures, y)
     assert all(answers.float().mean() > 0.995 for answers in right.values())
-    wrong = captions.judge(pictures, y.roll(1, 0))
+    wrong = shapes.judge(pictures, y.roll(1, 0))
     assert wrong["all"].float().mean() < 0.02
     for broken in (-torch.ones_like(pictures), torch.ones_like(pictures), pictures.flip(1)):
-        assert captions.judge(broken, y)["all"].float().mean() < 0.4
+        assert shapes.judge(broken, y)["all"].float().mean() < 0.4
 
 
-def test_the_judge_tells_places_and_their_order():
+def test_the_judge_tells_places_and_their_order(shapes):
     disc, bar = captions.SHAPES.index("disc"), captions.SHAPES.index("bar")
-    colours, shapes = torch.tensor([[0, 2]]), torch.tensor([[disc, bar]])
+    colours, kinds = torch.tensor([[0, 2]]), torch.tensor([[disc, bar]])
     for relation, asked, opposite in (
             (1, "a red disc left of a blue bar", "a blue bar left of a red disc"),
             (2, "a red disc above a blue bar", "a blue bar above a red disc")):
-        picture = captions.draw(colours, shapes, torch.tensor([relation]), gen(2))
+        picture = shapes.draw(colours, kinds, torch.tensor([relation]), gen(2))
         for caption, answer in ((asked, True), (opposite, False), ("a red disc", False)):
-            assert captions.judge(picture, captions.tokens([caption]))["all"].item() is answer
+            assert shapes.judge(picture, captions.tokens([caption]))["all"].item() is answer
 
 
-def test_captions_are_words_and_back():
-    y = captions.caption(*captions.scenes(300, gen(3)))
+def test_captions_are_words_and_back(shapes):
+    y = captions.caption(*shapes.scenes(300, gen(3)))
     assert torch.equal(captions.tokens([text(row) for row in y]), y)
     assert text(y[y[:, 3] == 0][0]).count(" ") == 2
     assert {len(text(row).split()) for row in y} == {3, 7, 8}
     assert not captions.tokens([""]).any()
+    for dataset, examples in captions.EXAMPLES.items():
+        assert captions.tokens(examples, dataset)[:, 0].all()
+    with pytest.raises(UserError, match="'three'.*ring"):
+        captions.tokens(["a red three"])
 
 
-def test_some_pairs_are_never_drawn():
-    y = captions.caption(*captions.scenes(5000, gen(4)))
+def test_some_pairs_are_never_drawn(shapes):
+    y = captions.caption(*shapes.scenes(5000, gen(4)))
     drawn = {text(row[k : k + 2]) for row in y for k in (1, 5, 6) if row[k + 1] > 10}
-    never = {f"{colour} {shape}" for colour, shape in captions.HELD_OUT}
-    assert len(drawn) == 32 and not drawn & never
+    assert len(drawn) == 32 and not drawn & set(captions.HELD_OUT["captions"])
 
     # half of the questions are about them
-    y = captions.questions(1000)
-    scores = captions.scores(torch.zeros(1000, 3, 28, 28), y)
+    scores = shapes.scores(torch.zeros(1000, 3, 28, 28), shapes.questions(1000))
     assert len(scores["all right, pairs never drawn"]) == 500
     assert sum(len(v) for name, v in scores.items() if name.startswith("all")) == 1000
 
 
-def test_batches_are_functions_of_the_draws():
-    whole, y = captions.Captions().batch(8, data.Draws(5))
+def test_digits_are_drawn_and_judged():
+    """Ten patterns stand for the digits, and a classifier that compares with them."""
+    patterns = 255 * (torch.rand(10, 1, 7, 7, generator=gen(9)) > 0.5).to(torch.uint8)
+    patterns = F.pad(patterns.repeat_interleave(2, 2).repeat_interleave(2, 3), (7, 7, 7, 7))
+    labels = torch.arange(10).repeat(3)[torch.randperm(30, generator=gen(10))]
+    templates = captions.mask_of(patterns / 127.5 - 1).flatten(1)
+
+    def classify(x):
+        return (F.avg_pool2d(x, 3, 1, 1).flatten(1)
+                @ (templates - templates.mean(0)).T).argmax(1)
+
+    digits = captions.CaptionedDigits(patterns[labels], labels, "key", classify=classify)
+    assert len(digits.pairs) == 54 and digits.key.endswith("-key")
+    scene = digits.scenes(600, gen(11))
+    y = captions.caption(*scene)
+    pictures = digits.draw(*scene, gen(12))
+    assert pictures.shape == (600, 3, 28, 28) and pictures.abs().max() <= 1
+    right, wrong = digits.judge(pictures, y), digits.judge(pictures, y.roll(1, 0))
+    assert right["colour"].all() and right["relation"].float().mean() > 0.97
+    assert right["object"].float().mean() > 0.8 and wrong["all"].float().mean() < 0.05
+    assert torch.equal(digits.draw(*scene, gen(12)), pictures)
+
+
+def test_batches_are_functions_of_the_draws(shapes):
+    whole, y = shapes.batch(8, data.Draws(5))
     assert whole.shape == (8, 3, 28, 28) and y.shape == (8, 8) and whole.abs().max() <= 1
-    slices = [captions.Captions().batch(4, data.Draws(5, rank=rank, world=2)) for rank in (0, 1)]
+    slices = [shapes.batch(4, data.Draws(5, rank=rank, world=2)) for rank in (0, 1)]
     assert torch.equal(torch.cat([z for z, _ in slices]), whole)
     assert torch.equal(torch.cat([c for _, c in slices]), y)
     assert captions.Captions(conditional=False).batch(2, data.Draws(0))[1] is None
@@ -111,7 +143,7 @@ def test_networks_without_text_build_none_of_it(monkeypatch):
 
 
 def test_some_captions_become_the_empty_one():
-    y = captions.tokens(captions.EXAMPLES[:4])
+    y = captions.tokens(captions.EXAMPLES["captions"][:4])
     dropped = model.with_nulls(y, torch.tensor([True, False, True, False]), 17)
     assert not dropped[[0, 2]].any() and torch.equal(dropped[[1, 3]], y[[1, 3]])
 
@@ -166,4 +198,4 @@ def test_a_network_of_classes_takes_no_prompt():
 
 def test_examples_have_both_kinds_of_pairs():
     y = conditions_of(data.with_classes(make_config("captions")))(20)
-    assert y.shape == (20, 8) and torch.equal(y[:10], captions.tokens(captions.EXAMPLES))
+    assert y.shape == (20, 8) and torch.equal(y[:10], captions.tokens(captions.EXAMPLES["captions"]))
