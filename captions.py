@@ -1,10 +1,10 @@
 """Captions: data sets for text to image that are drawn on the fly.
 
 A picture (3, 28, 28) shows one or two objects in six colours on black, and its caption says what:
-"a green ring", "a red cross left of a blue disc", "a yellow bar above a cyan square". The objects are
-shapes, drawn by formula, or MNIST's digits ("a red three left of a blue seven"), which are harder
-to learn. Some pairs of colour and object are never drawn, so that one can measure whether a network
-composes them. `Captions.judge` decides whether a picture shows what its caption says.
+"a green ring", "a red cross left of a blue disc", "a yellow bar above a cyan square". The objects
+are shapes, drawn by formula, or MNIST's digits ("a red three left of a blue seven"), which are
+harder to learn. Some pairs of colour and object are never drawn, so that one can measure whether a
+network composes them. `Captions.judge` decides whether a picture shows what its caption says.
 """
 
 import torch
@@ -57,13 +57,20 @@ def tokens(captions, dataset="captions"):
     return rows
 
 
+def dataset_of(prompts):
+    """The data set that knows the words of prompts: that of digits if they name one."""
+    words = set(" ".join(prompts).lower().split())
+    return "captions-digits" if words & set(DIGITS) else "captions"
+
+
 def caption(colours, objects, relation):
     """Tokens (n, LENGTH) of scenes: colours and objects int64 (n, 2), relation int64 (n,).
 
     relation: 0 for the first object alone, 1 for "left of", 2 for "above".
     """
     a, left, of, above = (torch.full_like(relation, WORDS.index(w)) for w in WORDS[1:5])
-    first, second = ([a, FIRST_COLOUR + colours[:, k], FIRST_OBJECT + objects[:, k]] for k in (0, 1))
+    colours, objects = FIRST_COLOUR + colours, FIRST_OBJECT + objects
+    first, second = ([a, colours[:, k], objects[:, k]] for k in (0, 1))
     none = torch.zeros_like(a)
     forms = [[*first, *[none] * 5], [*first, left, of, *second], [*first, above, *second, none]]
     forms = torch.stack([torch.stack(form, 1) for form in forms])          # (3, n, LENGTH)
@@ -100,7 +107,7 @@ class Captions:
         self.pairs = every[~(every[:, None] == self.held_out).all(2).any(1)]   # those it draws
 
     def scenes(self, n, generator=None):
-        """Random colours, objects (n, 2) and relations (n,): 40 % one object, 30 % each relation."""
+        """Random colours, objects (n, 2), relations (n,): 40 % one object, 30 % each relation."""
         chosen = self.pairs[torch.randint(len(self.pairs), (n, 2), generator=generator)]
         relation = (torch.rand(n, generator=generator) * 10).long()
         return chosen[..., 0], chosen[..., 1], (relation >= 4).long() + (relation >= 7).long()
@@ -146,11 +153,12 @@ class Captions:
     def judge(self, pictures, y):
         """Whether pictures (n, 3, SIZE, SIZE) show their captions y: a dict of bool (n,).
 
-        colour, object: of everything in the caption. relation: one object is alone; of two, each lies
-        in its half, and further from the other along the relation than across. all: all three.
+        colour, object: of everything in the caption. relation: one object is alone; of two, each
+        lies in its half, and further from the other along the relation than across. all: all three.
         """
         n, half = len(y), SIZE // 2
-        right = {name: torch.zeros(n, dtype=torch.bool) for name in ("colour", "object", "relation")}
+        right = {name: torch.zeros(n, dtype=torch.bool)
+                 for name in ("colour", "object", "relation")}
         left, above = (y[:, 3] == WORDS.index(word) for word in ("left", "above"))
         for kind, at in enumerate(([1], [1, 6], [1, 5])):      # where the colours' words stand
             rows = left.long() + 2 * above.long() == kind

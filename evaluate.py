@@ -479,7 +479,7 @@ def main(argv=None):
                 rows += measure(name, network, nfes, reference, seed=seed, **settings)
     shown = [row | {"network": "teachers" if row["network"].startswith("teacher") else "students"}
              for row in rows] if args.median else rows
-    write(args.out or paths[0].with_name("evaluation"), cfg.dataset, reference, rows,
+    write(args.out or sample.folder_of(paths[0]) / "evaluation", cfg.dataset, reference, rows,
           report(cfg.dataset, reference, shown, args.solver), seed=args.seed, solver=args.solver)
 
 

@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import captions
 from config import DATASETS, LATENT_DOWNSAMPLING, LATENT_SETS, MACHINE, words
 from harness import UserError, machine, pictures
-from harness.saved import (at_a_time, conditions_of, find_student, npz_name, open_decoder,
-                           open_network, same, save_npz, unconditional)
+from harness.saved import (at_a_time, conditions_of, find_student, folder_of, npz_name,
+                           open_decoder, open_network, same, save_npz, unconditional)
 from harness.script import add_field_flags, given_flags, make_parser, run_script
 from losses import expand, interpolate
 from model import Guided
@@ -257,7 +258,7 @@ def parse(argv=None):
 
 def main(argv=None):
     args = parse(argv)
-    dataset = args.dataset or ("captions" if args.prompt else None)
+    dataset = args.dataset or (captions.dataset_of(args.prompt) if args.prompt else None)
     student = Path(args.checkpoint or find_student(dataset))
     teacher = student.parent / "teacher.pt"
     files = [teacher] if args.teacher else [student]
@@ -276,7 +277,7 @@ def main(argv=None):
     if args.npz:
         written = write_npz(args, networks[-1][1], tuple(content["shape"]), cfg)
     elif machine.FIRST:                            # one process draws a picture
-        written = write_picture(args, networks, tuple(content["shape"]), cfg, student.parent)
+        written = write_picture(args, networks, tuple(content["shape"]), cfg, folder_of(student))
     if machine.FIRST:
         print(f"wrote {written}   from {', '.join(map(str, files))}")
 

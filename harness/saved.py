@@ -15,6 +15,9 @@ from harness.pictures import to_uint8
 from model import copy_of, velocity_network
 
 
+SHIPPED = Path(__file__).parent.parent / "weights"     # small students of the repository
+
+
 def same(z0):
     """The decoder of points and images, which need none."""
     return z0
@@ -23,7 +26,8 @@ def same(z0):
 def find_student(dataset=None):
     """The newest student.pt in runs/ (of one data set, if named), else the newest resume state.
 
-    Files that cannot be read are passed over. Raises UserError if there is none.
+    If there is neither, the student of the repository's weights/. Files that cannot be read are
+    passed over. Raises UserError if there is none.
     """
     for name in ("student.pt", "student_resume.pt"):
         found = sorted(Path("runs").glob(f"**/{name}"), key=lambda p: p.stat().st_mtime)
@@ -36,9 +40,17 @@ def find_student(dataset=None):
                 continue
             if dataset in (None, content["config"]["dataset"]):
                 return file
+    if (file := SHIPPED / (dataset or Config.dataset) / "student.pt").is_file():
+        return file
     of, flag = (f" of {dataset}", f" --dataset {dataset}") if dataset else ("", "")
     raise UserError(f"there is no student{of} in runs/; train one with: python train.py{flag}, "
                     "or name one by --checkpoint")
+
+
+def folder_of(file):
+    """The folder for what is made with a checkpoint: its own, but not the repository's weights/."""
+    folder = Path(file).parent
+    return Path("runs/weights", folder.name) if folder.parent == SHIPPED else folder
 
 
 def open_network(file, **given):

@@ -179,6 +179,8 @@ def measured(path, label, nfes, network, reference, settings, seed):
 def make_table(args, given):
     """Trains and measures the cells of a table, prints it, and draws the picture that it has."""
     default, root = make_config(args.dataset, **given), ROOT / args.dataset
+    if args.kind == "guidance" and default.condition == "none":
+        raise UserError("the table of guidance needs conditions; add --condition class")
     shape, machine = data.sample_shape(default), given_flags(args, evaluate.OPENING)
     rows, trained, ladder, diverged, reference = [], {}, [], [], None
 
@@ -221,7 +223,8 @@ def guidance_picture(file, rows, distance):
     most = max(r["nfe"] for r in rows)             # the teacher's calls at its best
     with plt.rc_context(STYLE):
         fig, axes = plt.subplots(2, 2, figsize=(9.2, 6), sharex=True, sharey="row")
-        for line, measure, name in zip(axes, ("spread", "distance"), ("std / data's std", distance)):
+        names = "std / data's std", distance.split(",")[0]
+        for line, measure, name in zip(axes, ("spread", "distance"), names):
             for ax, losses in zip(line, ("CD", "all")):
                 for w, colour in zip(GUIDANCE, ("#444444", "#c2571a", "#1f5fa8")):
                     students = [median(measure, f"{losses}, w = {w:g}, t_trunc = {t:g}", 1)
@@ -229,7 +232,7 @@ def guidance_picture(file, rows, distance):
                     ax.plot(TRUNCATION, students, marker="o", ms=4, c=colour, label=f"w = {w:g}")
                     ax.axhline(median(measure, f"teacher, w = {w:g}", most), c=colour, ls="--",
                                lw=1)
-            line[0].set_ylabel(name.split(",")[0])
+            line[0].set_ylabel(name)
         axes[0, 0].set_title("CD with truncation alone, 1 NFE")
         axes[0, 1].set_title("all losses, 1 NFE")
         for ax in axes[1]:

@@ -197,5 +197,6 @@ def test_a_network_of_classes_takes_no_prompt():
 
 
 def test_examples_have_both_kinds_of_pairs():
+    examples = captions.tokens(captions.EXAMPLES["captions"])
     y = conditions_of(data.with_classes(make_config("captions")))(20)
-    assert y.shape == (20, 8) and torch.equal(y[:10], captions.tokens(captions.EXAMPLES["captions"]))
+    assert y.shape == (20, 8) and torch.equal(y[:10], examples)

@@ -1,5 +1,6 @@
 """Conditions by class (Eq. 2) and guidance (Eq. 3): closed forms, and use by a user."""
 
+import json
 import math
 from pathlib import Path
 
@@ -305,3 +306,49 @@ def test_sub_folders_are_classes(taef2_files):
     Path("animals/loose.png").write_bytes(Path("animals/dogs/00.png").read_bytes())
     refused(f"train.py --dataset folder --data-dir animals --condition class {vae} {flags} --out b",
             "loose.png", "sub-folders")
+
+
+# ----------------------------------------------------------------------- experiments on guidance
+
+SHORT = "--channels 16 --blocks 1 --steps 4 --n-rf 1 --teacher-steps 4 --lr-warmup 1 --threads 1"
+
+
+def test_guidance_against_truncation(monkeypatch):
+    monkeypatch.setattr(ablation, "GUIDANCE", (1.0, 3.0))
+    monkeypatch.setattr(ablation, "TRUNCATION", (0.1, 0.4))
+    line = f"study.ablation guidance --dataset 8gaussians --condition class {SHORT} --n 200 --nfe 1"
+    printed = works(line)
+    root = Path("runs/ablation/8gaussians")
+    saved = json.loads((root / "guidance.json").read_text())
+    assert "guidance against truncation" in printed and is_picture(root / "guidance.png")
+    for name in ("teacher, w = 3", "CD, w = 1, t_trunc = 0.1", "all, w = 3, t_trunc = 0.4"):
+        assert f"| {name} " in printed
+    for losses in ("", "losses-cd-"):              # eight students of one teacher, not mixed up
+        for w in ("1.0", "3.0"):
+            for t in ("0.1", "0.4"):
+                name, = root.glob(f"guidance-{w}-t_trunc-{t}-{losses}0")
+                cfg = read(name / "student.pt")["config"]
+                assert (cfg["guidance"], cfg["t_trunc"]) == (float(w), float(t))
+                assert ("gan" in cfg["losses"]) == (losses == "")
+
+    # a second time everything is read from files, also what was asked of guided teachers
+    monkeypatch.setattr("evaluate.measure", None)
+    works(line)
+    assert json.loads((root / "guidance.json").read_text())["rows"] == saved["rows"]
+    refused("study.ablation guidance --dataset 8gaussians", "--condition class")
+
+
+def test_everything_is_guided(monkeypatch):
+    """The student of "teacher alone" is the one of train.py; the others differ."""
+    from study import guide_everything
+
+    kept, distil = [], guide_everything.distil
+    monkeypatch.setattr(guide_everything, "distil", lambda *a: kept.append(distil(*a)) or kept[-1])
+    printed = works(f"study.guide_everything {SHORT} --n 200 --nfe 1 2")
+    for name in ("teacher alone", "teacher, theta~", "teacher, theta~, theta", "sampled guided"):
+        assert f"| {name} " in printed or name in printed
+    assert is_picture("runs/guide-everything/samples.png")
+    works(f"train.py --dataset 8gaussians --condition class --guidance 3 {SHORT}")
+    plain = read("runs/8gaussians/student.pt")["ema"]
+    equal = [all(torch.equal(v, plain[k]) for k, v in ema.state_dict().items()) for ema in kept]
+    assert equal == [True, False, False]

@@ -1,0 +1,29 @@
+"""Writes a student or teacher in half precision: `python -m study.ship FILE... FOLDER`.
+
+So the students in weights/ were made: they need half the room, and sample.py opens them as any
+other.
+"""
+
+from pathlib import Path
+
+import torch
+
+from harness import checkpoint
+from harness.script import make_parser, run_script
+
+
+def main(argv=None):
+    parser = make_parser(__doc__)
+    parser.add_argument("files", nargs="+", metavar="FILE", help="student.pt or teacher.pt")
+    parser.add_argument("folder", help="where they are written")
+    args = parser.parse_args(argv)
+    for file in map(Path, args.files):
+        content = checkpoint.load(file, ("student", "teacher"))
+        content["ema"] = {key: value.half() for key, value in content["ema"].items()}
+        with checkpoint.replacing(Path(args.folder, file.name)) as target:
+            torch.save(content, target)
+        print(f"wrote {Path(args.folder, file.name)}")
+
+
+if __name__ == "__main__":
+    run_script(main)
