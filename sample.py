@@ -4,6 +4,7 @@ Sampling goes from noise at t = 1 to data at t = 0; NFE counts the calls of the 
 """
 
 import argparse
+import textwrap
 from pathlib import Path
 
 import torch
@@ -157,6 +158,17 @@ def strips(path, networks, shape, nfes, seed=0, device="cpu", solver="euler", da
         names, colours, cells = zip(*rows)
         rows, heads = list(zip(heads, zip(*colours), zip(*cells))), names
     return pictures.grid(path, rows, heads, title)
+
+
+def by_prompt(path, prompts, columns, shape, seed=0, device="cpu", solver="euler", title=None,
+              dataset="captions"):
+    """One row per prompt; columns are [(head, network, steps, number of its first noise), ...]."""
+    y = captions.tokens(prompts, dataset)
+    cells = [draw(network, shape, len(y), steps, seed, solver, device=device, first=first, y=y)
+             for _, network, steps, first in columns]
+    rows = [("\n".join(textwrap.wrap(prompt, 20)) or "(empty)", "student", row)
+            for prompt, row in zip(prompts, zip(*cells))]
+    return pictures.grid(path, rows, [head for head, *_ in columns], title)
 
 
 def trajectory(file, networks, shape, nfe, seed=0, device="cpu", solver="euler", title=None,
@@ -365,6 +377,17 @@ def write_picture(args, networks, shape, cfg, folder):
     if args.trajectory:
         return trajectory(out, networks, shape, nfe, args.seed, device, args.solver, title, decode,
                           conditions)
+    if cfg.condition == "text":                    # one row per prompt
+        prompts = (args.prompt or captions.EXAMPLES[cfg.dataset])[:args.n]
+        if len(args.nfe) > 1:
+            columns = [(f"{k * calls(network)} NFE", network, k, 0) for k in args.nfe]
+        else:
+            each = -(-args.n // len(prompts)) if args.n else 8     # pictures per prompt
+            columns = [("", network, nfe, j * len(prompts)) for j in range(each)]
+            title = f"{nfe * calls(network)} NFE, {title}"
+        title = f"{name}, {title}"
+        return by_prompt(out, prompts, columns, shape, args.seed, device, args.solver, title,
+                         cfg.dataset)
     if len(args.nfe) > 1:
         return strips(out, [(name, network, None)], shape, args.nfe, args.seed, device, args.solver,
                       title=title, columns=args.n or (8 if latent else 10), decode=decode,

@@ -75,7 +75,7 @@ def grid(path, rows, columns=None, title=None):
     height = side * len(rows) + 0.35 * bool(columns) + 0.35 * bool(title)
     with plt.rc_context(STYLE):
         fig, axes = plt.subplots(len(rows), width, squeeze=False,
-                                 figsize=(side * width + 0.9, height))
+                                 figsize=(side * width + label_width(rows), height))
         if not points:
             fig.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0, hspace=0)
         for ax in axes.flat:
@@ -97,6 +97,12 @@ def grid(path, rows, columns=None, title=None):
         if title:
             fig.suptitle(title, fontsize=10)
         return write(fig, path)
+
+
+def label_width(rows):
+    """Inches for the labels beside rows; a longer line needs more than 0.9."""
+    lines = [line for label, _, _ in rows for line in label.splitlines()]
+    return max(0.9, 0.08 * max(map(len, lines), default=0) - 0.2)
 
 
 def tiles(path, images, columns=16, title=None):

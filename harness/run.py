@@ -14,6 +14,7 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
+import captions
 import data
 import sample
 from config import CIRCUMSTANCES, LATENT_SETS, MACHINE, identity, run_dir
@@ -369,6 +370,14 @@ class Run:
                     for kind, nfes in (("teacher", many), ("student", few))]
         shown = min(4000 if points else 10, dataset.size or 4000)
         draws = data.Draws(self.cfg.seed, stream=1, device=self.device, rank=0, world=1)
+        if self.cfg.condition == "text":
+            phi, theta = (network for _, network, _ in networks)
+            guided = ("teacher\nw = 3\n100 NFE", sample.Guided(phi, 3.0), 50, 0)
+            columns = [("teacher\nw = 1\n50 NFE", phi, 50, 0), *[guided] * (self.cfg.p_null > 0),
+                       *((f"student\n\n{k} NFE", theta, k, 0) for k in (1, 2, 4))]
+            sample.by_prompt(path, captions.EXAMPLES[self.cfg.dataset], columns, self.shape,
+                             self.cfg.seed, self.device, dataset=self.cfg.dataset)
+            return
         w = self.cfg.guidance
         title = f"the student learnt the guided path, w = {w:g}; the teacher has w = 1"
         sample.strips(path, networks, self.shape, few, device=self.device, decode=dataset.decode,
