@@ -5,6 +5,8 @@ theta~ guided, too; and with theta~ and the student guided. Consistency copies t
 from one time to the next, so a guided theta~ applies w again in every copy.
 """
 
+from itertools import product
+
 import torch
 from tqdm import trange
 
@@ -14,6 +16,7 @@ import sample
 import train
 from config import CAPTION_SETS, DATASETS, Config, make_config
 from data import Draws
+from harness import UserError
 from harness.run import Run
 from harness.script import given_flags, make_parser, run_script
 from model import Guided, set_rates
@@ -47,7 +50,7 @@ def main(argv=None):
                           "runs/guide-everything/evaluation")
     given = given_flags(args, names)
     condition = "text" if args.dataset in CAPTION_SETS else "class"
-    cfg = make_config(args.dataset, **{"condition": condition, "guidance": 3.0} | given,
+    cfg = make_config(args.dataset, **{"condition": condition, "guidance": 1.5} | given,
                       seed=args.seed, out="runs/guide-everything")
     with Run(cfg, go_on=True) as run:
         phi, dataset, device, folder = find_or_train(run), run.dataset, run.device, run.folder
@@ -60,11 +63,16 @@ def main(argv=None):
         networks.append((name, ema, None))
     networks.append(("the same, sampled guided, 2 calls per step", Guided(ema, w), None))
     reference, settings, _ = evaluate.prepare(args, cfg, shape, ema)
-    for name, network, _ in networks:
-        rows += evaluate.measure(name, network, args.nfe, reference, seed=args.seed, **settings)
-    evaluate.write(args.out or folder / "evaluation", cfg.dataset, reference, rows,
-                   f"guided with w = {w:g} in training: "
-                   + evaluate.report(cfg.dataset, reference, rows, args.solver))
+    lost = []                                      # samples that fly apart have no distance
+    seeds = range(args.seed, args.seed + args.seeds)
+    for (name, network, _), nfe, seed in product(networks, args.nfe, seeds):
+        try:
+            rows += evaluate.measure(name, network, [nfe], reference, seed=seed, **settings)
+        except UserError as e:
+            lost.append(str(e).split(";")[0])
+    evaluate.write(args.out or folder / "evaluation", cfg.dataset, reference, rows, "\n\n".join([
+        f"guided with w = {w:g} in training: "
+        + evaluate.report(cfg.dataset, reference, rows, args.solver), *lost]), lost=lost)
     picture = sample.strips(folder / "samples.png", networks, shape, (1, 2, 4), args.seed, device,
                             decode=settings["decode"], conditions=sample.conditions_of(cfg),
                             title=f"{cfg.dataset}, w = {w:g}: what is guided in training")

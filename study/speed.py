@@ -13,8 +13,9 @@ from torch.utils.benchmark import Timer
 import data
 import sample
 import train
-from config import LATENT_SETS
+from config import CAPTION_SETS, LATENT_SETS
 from harness.machine import choose_device, fast_bf16, wants_bf16
+from harness.saved import conditions_of
 from harness.script import parse_config, run_script
 from latents import Codec
 from model import copy_of, velocity_network
@@ -32,13 +33,14 @@ def costs(cfg, device):
     teacher = copy_of(velocity_network(cfg, shape))
     net = train.begin(teacher, teacher, cfg, shape, device)
     z0, draws = torch.randn(n, *shape, device=device), data.Draws(0, device=device)
+    y = conditions_of(cfg)(n) if cfg.num_classes else None
     late = max(cfg.n_gan, cfg.n_rf, cfg.n_bi)      # all losses are in use from this iteration on
 
     def iteration():
-        train.scflow_step(net, (z0, None), late, cfg, draws)["cd"].item()
+        train.scflow_step(net, (z0, y), late, cfg, draws)["cd"].item()
 
     def sampling():
-        sample.draw(net.ema, shape, n, 1, batch=n, device=device)
+        sample.draw(net.ema, shape, n, 1, batch=n, device=device, y=y)
 
     functions = [("a training iteration", iteration), ("sampling, per network call", sampling)]
     if cfg.dataset in LATENT_SETS:
@@ -59,6 +61,8 @@ def peak_memory(device):
 
 def main(argv=None):
     cfg, _ = parse_config(__doc__, argv)
+    if cfg.dataset in CAPTION_SETS:
+        cfg = data.with_classes(cfg)
     device = choose_device(cfg)
     if wants_bf16(cfg, device) and not fast_bf16(device):
         print(f"bf16 is skipped: this {device.type} has no bf16 in hardware; fp32 instead")

@@ -269,7 +269,8 @@ def test_networks_and_batches_that_do_not_fit_the_data(flags, named, monkeypatch
     assert not files()
 
 
-def test_no_student_at_all():
+def test_no_student_at_all(monkeypatch):
+    monkeypatch.setattr("harness.saved.SHIPPED", Path("nowhere"))
     refused("sample.py", "no student", "train.py")
     refused("evaluate.py", "no student", "train.py")
 
