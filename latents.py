@@ -31,7 +31,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 import vae
-from config import LATENT_DOWNSAMPLING, LATENT_SETS, MACHINE, make_config
+from config import LATENT_DOWNSAMPLING, MACHINE, make_config
 from harness import UserError, first_line
 from harness.checkpoint import fingerprint, locked, no_room, replacing, write_text
 from harness.machine import FIRST, choose_device, start, wait, wants_bf16
@@ -297,17 +297,19 @@ class Codec:
         self.sample, self.bf16 = autoencoder.sample, wants_bf16(cfg, self.device)
         side = cfg.image_size // LATENT_DOWNSAMPLING
         planes = 2 if autoencoder.stochastic else 1
-        self.row = (2, planes, autoencoder.channels, side, side)   # of each image
+        views = 1 if cfg.dataset == "captioned" else 2             # captions say what is left of what
+        self.row = (views, planes, autoencoder.channels, side, side)   # of each image
         autoencoder.to(device, memory_format=torch.channels_last)
 
     @torch.no_grad()
     def encode(self, pixels):
         """Pixels uint8 (n, 3, H, W) -> moments of images and mirror images, (n, 2, P, C, h, w).
 
-        They are half, on the CPU. Raises UserError if they are not finite.
+        They are half, on the CPU. captioned: of the images alone. Raises UserError if they are not
+        finite.
         """
         x, rows = from_uint8(pixels), []
-        for image in (x, x.flip(-1)):
+        for image in (x, x.flip(-1))[:self.row[0]]:
             moments = self.vae.encode(image.to(self.device, memory_format=torch.channels_last))
             rows.append(torch.stack([m for m in moments if m is not None], dim=1).float().cpu())
         rows = torch.stack(rows, dim=1).half()
@@ -536,7 +538,8 @@ def fidelity(images, latents, size, n):
 
 def main(argv=None):
     parser = make_parser(__doc__)
-    parser.add_argument("--dataset", choices=LATENT_SETS, default="folder", help="[%(default)s]")
+    parser.add_argument("--dataset", choices=("celebahq", "folder"), default="folder",
+                        help="[%(default)s]")
     parser.add_argument("--n", type=int, default=100, help="how many of them are decoded again "
                         "[%(default)s]")
     add_field_flags(parser, (*MACHINE, "data_dir", "download", "image_size", "vae", "vae_weights",

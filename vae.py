@@ -21,7 +21,8 @@ from einops import rearrange
 from torch import nn
 from torchvision.models import Weights, WeightsEnum
 
-from harness import UserError, first_line
+import text2image
+from harness import UserError, first_line, package
 from harness.checkpoint import load_weights
 from harness.machine import FIRST, wait
 
@@ -229,7 +230,38 @@ AUTOENCODERS = {                   # name: (how to build it, its published files
 }
 
 
+class PipelineAutoencoder(nn.Module):
+    """The autoencoder of a pipeline of Stable Diffusion (diffusers' class), called as those above."""
+
+    stochastic = True
+
+    def __init__(self, source):
+        super().__init__()
+        self.vae = text2image.part(package("diffusers").AutoencoderKL, source, "vae",
+                                   low_cpu_mem_usage=False)
+        self.channels, self.scale = self.vae.config.latent_channels, self.vae.config.scaling_factor
+        self.shift = self.vae.config.shift_factor or 0.0
+
+    def encode(self, x):
+        posterior = self.vae.encode(x).latent_dist
+        return posterior.mean, posterior.logvar
+
+    def sample(self, mean, logvar=None, noise=None):
+        z = mean if noise is None else mean + (logvar / 2).exp() * noise
+        return self.scale * (z - self.shift)
+
+    def decode(self, z0):
+        return self.vae.decode(z0 / self.scale + self.shift).sample
+
+
 # --------------------------------------------------------------------------- reading weight files
+
+
+def of(cfg):
+    """The frozen autoencoder that the settings name."""
+    if cfg.vae == "pipeline":
+        return PipelineAutoencoder(cfg.teacher_checkpoint)
+    return load(cfg.vae, cfg.vae_weights)
 
 
 def load(name="sd", files=()):

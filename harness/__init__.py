@@ -7,6 +7,8 @@
     pictures.py    figures
 """
 
+import importlib
+
 
 class UserError(Exception):
     """An error that the user can fix: one sentence, printed without a traceback, exit code 2."""
@@ -15,3 +17,11 @@ class UserError(Exception):
 def first_line(error):
     """The first line of an exception's message, or its type's name if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def package(name):
+    """An optional package; UserError if it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as e:
+        raise UserError(f"this needs the package {name}; install it by pip install {name}") from e

@@ -21,7 +21,7 @@ from harness import UserError, checkpoint, machine, pictures
 from harness.log import Interrupt, Log, curves, read_rows
 from harness.machine import FIRST
 from harness.saved import conditions_of, open_network
-from model import check_network, velocity_network
+from model import check_network, copy_of, velocity_network
 
 ANEW = "--overwrite starts anew, another --out keeps both"
 
@@ -58,6 +58,10 @@ class Run:
             other = checkpoint.load(cfg.teacher_checkpoint, "teacher", mmap=True)
             cfg = checkpoint.same_architecture(cfg, given, checkpoint.config_of(other),
                                                cfg.teacher_checkpoint)
+        elif cfg.dataset == "captioned":
+            raise UserError("--dataset captioned needs --teacher-checkpoint, a pipeline of Stable "
+                            "Diffusion: a folder in diffusers' layout, or an id on the Hugging "
+                            "Face hub, as XCLiu/2_rectified_flow_from_sd_1_5")
         self.cfg = cfg = data.with_classes(cfg)
         self.shape = data.sample_shape(cfg)
         check_network(cfg, self.shape)             # before anything is encoded or trained
@@ -309,7 +313,7 @@ class Run:
             if FIRST:
                 self.logfile(kind).unlink(missing_ok=True)   # of an older run
             return 0, 0.0
-        content = checkpoint.load(path, f"{kind} resume", self.device)
+        content = checkpoint.load(path, f"{kind} resume")      # not on the GPU, which may be full
         if content.get("data", self.dataset.key) != self.dataset.key:
             raise UserError(f"{path} was trained on other data: {content['data']} (these are "
                             f"{self.dataset.key}); name the same data, or another --out")
@@ -324,6 +328,8 @@ class Run:
 
     def preview(self, kind, ema, step):
         if FIRST:
+            if next(ema.parameters()).device != self.device:   # --ema-on-cpu
+                ema = copy_of(ema).to(self.device)
             name, nfes = ("", (1, 4)) if kind == "student" else ("teacher_", (4, 16))
             sample.strips(self.folder / f"{name}preview_{step:06d}.png", [(kind, ema, None)],
                           self.shape, nfes, device=self.device, decode=self.dataset.decode,
@@ -338,6 +344,8 @@ class Run:
                 picture.unlink()
         checkpoint.save(self.path(kind), kind, self.cfg, self.shape, steps, ema=ema.state_dict(),
                         data=self.dataset.key, seconds=time.perf_counter() - self.begun)
+        if FIRST and self.cfg.dataset == "captioned":
+            ema.save(self.folder)                  # for every tool that reads diffusers' layout
         self.pictures(kind)
         self.begun = time.perf_counter()           # of the student, after its teacher
         return self.path(kind)

@@ -47,7 +47,8 @@ def open_network(file, **given):
     cfg are the settings of the checkpoint. Those of the machine come from `given` instead, or are
     the defaults; `given` may also hold vae_weights and data_dir.
     """
-    content = checkpoint.load(file, ("teacher", "student", "teacher resume", "student resume"))
+    content = checkpoint.load(file, ("teacher", "student", "teacher resume", "student resume"),
+                              pipeline=given.get("teacher_checkpoint", ""))
     here = {name: getattr(Config, name) for name in (*MACHINE, "compile", "grad_accum")}
     cfg = checkpoint.config_of(content, **here | given)
     device = machine.choose_device(cfg)
@@ -62,7 +63,7 @@ def open_decoder(cfg):
         return same
     import latents                                 # not above: points need no torchvision
     import vae
-    return latents.Codec(vae.load(cfg.vae, cfg.vae_weights), cfg, machine.choose_device(cfg)).decode
+    return latents.Codec(vae.of(cfg), cfg, machine.choose_device(cfg)).decode
 
 
 def unconditional(n):
@@ -78,7 +79,10 @@ def conditions_of(cfg, classes=(), prompts=()):
     """
     if cfg.condition == "none":
         return unconditional
-    if cfg.condition == "text":
+    if cfg.dataset == "captioned":
+        import captioned
+        chosen = captioned.Prompts(cfg.teacher_checkpoint, list(prompts or captioned.EXAMPLES))
+    elif cfg.condition == "text":
         chosen = captions.tokens(prompts or captions.EXAMPLES)
     else:
         chosen = torch.tensor(classes or range(cfg.num_classes))
@@ -88,7 +92,7 @@ def conditions_of(cfg, classes=(), prompts=()):
 def at_a_time(dataset):
     """Default batch size of sampling: large for points, small for latents, whose decoder needs
     memory."""
-    return 64 if dataset in LATENT_SETS else 1000 if dataset in POINT_SETS else 500
+    return 8 if dataset == "captioned" else 64 if dataset in LATENT_SETS else 1000 if dataset in POINT_SETS else 500
 
 
 # ------------------------------------------------------------------------------- raw samples
