@@ -376,32 +376,49 @@ class ImageDiscriminator(Network):
         return self.head(F.leaky_relu(self.dense(h), 0.2), y)
 
 
-class UNetDiscriminator(Network):
-    """D(z, y) -> (B,) logits: the encoder half of Stable Diffusion's UNet, and a small head.
+class UNetEncoder(nn.Module):
+    """The encoder half of Stable Diffusion's UNet, at t = 0: latents and text -> (B, C, h, w)."""
 
-    The text y (B, L, D) enters by cross-attention; null (L, D) is the empty one. z is a clean
-    latent, so the time is 0. The head has no sigmoid, since the losses have one. At least 4 x 4
-    positions must be left in the middle of the UNet.
-    """
-
-    def __init__(self, unet, null, trained=True):
+    def __init__(self, unet):
         super().__init__()
-        self.conv_in, self.time_proj, self.mid_block = unet.conv_in, unet.time_proj, unet.mid_block
-        self.time_embedding, self.down_blocks = unet.time_embedding, unet.down_blocks
-        self.requires_grad_(trained)
-        self.register_buffer("null", null)
-        side = unet.config.sample_size // 2 ** (len(self.down_blocks) - 1)
-        self.head = nn.Sequential(
-            nn.Conv2d(unet.config.block_out_channels[-1], 256, 4, stride=2), nn.GroupNorm(32, 256),
-            nn.SiLU(), nn.Flatten(), nn.Linear(256 * (side // 2 - 1) ** 2, 1))
+        self.conv_in, self.time_proj, self.time_embedding, self.down_blocks, self.mid_block = (
+            unet.conv_in, unet.time_proj, unet.time_embedding, unet.down_blocks, unet.mid_block)
 
-    def forward(self, z, y=None):
-        y = self.null.expand(len(z), -1, -1) if y is None else y
+    def forward(self, z, y):
         emb, h = self.time_embedding(self.time_proj(z.new_zeros(len(z)))), self.conv_in(z)
         for block in self.down_blocks:
             text = {"encoder_hidden_states": y} if hasattr(block, "attentions") else {}
             h, _ = block(h, emb, **text)
-        return self.head(self.mid_block(h, emb, encoder_hidden_states=y)).squeeze(1)
+        return self.mid_block(h, emb, encoder_hidden_states=y)
+
+
+class UNetDiscriminator(Network):
+    """D(z, y) -> (B,) logits: the encoder half of Stable Diffusion's UNet, and a small head.
+
+    The text y (B, L, D) enters by cross-attention; null (L, D) is the empty one. The head has no
+    sigmoid, since the losses have one. At least 4 x 4 positions must be left in the middle of the
+    UNet. A frozen encoder is kept in a list: so it is no parameter of D, and in no checkpoint.
+    """
+
+    def __init__(self, unet, null, trained=True):
+        super().__init__()
+        encoder = UNetEncoder(unet).requires_grad_(trained)
+        self.encoder, self.frozen = (encoder, []) if trained else (None, [encoder])
+        self.register_buffer("null", null)
+        side = unet.config.sample_size // 2 ** (len(unet.down_blocks) - 1)
+        self.head = nn.Sequential(
+            nn.Conv2d(unet.config.block_out_channels[-1], 256, 4, stride=2), nn.GroupNorm(32, 256),
+            nn.SiLU(), nn.Flatten(), nn.Linear(256 * (side // 2 - 1) ** 2, 1))
+
+    def _apply(self, fn, recurse=True):            # of nn.Module, for .to(device) and the like
+        for encoder in self.frozen:
+            encoder._apply(fn)
+        return super()._apply(fn, recurse)
+
+    def forward(self, z, y=None):
+        y = self.null.expand(len(z), -1, -1) if y is None else y
+        encoder = self.encoder or self.frozen[0]
+        return self.head(encoder(z, y)).squeeze(1)
 
 
 def kaiming(discriminator):

@@ -9,6 +9,7 @@ t' and answers v' = noise - data = v. A condition y is the embedding of a text, 
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -67,10 +68,19 @@ class StableDiffusion3(StableDiffusion):
 
 
 ADAPTERS = {"UNet2DConditionModel": StableDiffusion, "SD3Transformer2DModel": StableDiffusion3}
+OPTIONAL = ("text_encoder_3", "tokenizer_3", "image_encoder", "feature_extractor")   # of SD 3
 SUBFOLDERS = {"UNet2DConditionModel": "unet", "SD3Transformer2DModel": "transformer"}
 
 
 # ------------------------------------------------------------------------------------ pipelines
+
+
+def library(name):
+    """The package diffusers or transformers, without its warnings and progress bars."""
+    module = package(name)
+    module.utils.logging.set_verbosity_error()
+    module.utils.logging.disable_progress_bar()
+    return module
 
 
 @lru_cache
@@ -79,7 +89,7 @@ def found(source):
 
     Raises UserError if there is none, or if it takes more than latent, time and text.
     """
-    load, error = package("diffusers").UNet2DConditionModel.load_config, None
+    load, error = library("diffusers").UNet2DConditionModel.load_config, None
     for folder in (*SUBFOLDERS.values(), None):
         if Path(source).is_dir() and not Path(source, folder or "", "config.json").exists():
             continue
@@ -107,7 +117,7 @@ def found(source):
 def part(kind, source, folder, **more):
     """A part of a pipeline by from_pretrained, frozen, in float32; UserError if that fails."""
     try:
-        made = kind.from_pretrained(source, subfolder=folder or "", **more)
+        made = kind.from_pretrained(source, **{"subfolder": folder} if folder else {}, **more)
     except Exception as e:                         # no network, no such id, a damaged file
         raise UserError(f"the {folder or 'pipeline'} of {source} cannot be loaded "
                         f"({first_line(e)}); {ADVICE}") from e
@@ -131,7 +141,7 @@ def velocity(source, rest="", weights=True):
         raise UserError(f"{source} holds a network of another architecture: it takes {width} "
                         f"numbers per word (cross_attention_dim), and the text encoder of "
                         f"{rest or source} gives {null.shape[1]}; name a pipeline that fits")
-    kind, adapter = getattr(package("diffusers"), kind), ADAPTERS[kind]
+    kind, adapter = getattr(library("diffusers"), kind), ADAPTERS[kind]
     if not weights:
         return adapter(kind.from_config(config), null)
     more = dict(output_loading_info=True, low_cpu_mem_usage=False)
@@ -168,13 +178,13 @@ class Texts:
     """CLIP's text model: a list of texts -> embeddings, float32 (n, L, D); null is that of ""."""
 
     def __init__(self, source):
-        self.tokenizer = part(package("transformers").CLIPTokenizer, source, "tokenizer")
+        self.tokenizer = part(library("transformers").CLIPTokenizer, source, "tokenizer")
         self.length, self.told = self.tokenizer.model_max_length, False
         self.load(source)
         self.null = self([""], "cpu")[0]
 
     def load(self, source):
-        self.model = part(package("transformers").CLIPTextModel, source, "text_encoder")
+        self.model = part(library("transformers").CLIPTextModel, source, "text_encoder")
 
     def __call__(self, texts, device):
         for text in texts if not self.told else ():
@@ -195,8 +205,14 @@ class Texts3(Texts):
     """The two or three text models of Stable Diffusion 3, packed for StableDiffusion3."""
 
     def load(self, source):
-        self.pipeline = part(package("diffusers").StableDiffusion3Pipeline, source, None,
-                             transformer=None, vae=None)
+        kind = library("diffusers").StableDiffusion3Pipeline
+        listed = kind.load_config(source)
+        absent = [name for name in OPTIONAL if not listed.get(name, [None])[0]]
+        self.pipeline = part(kind, source, None, **dict.fromkeys([*absent, "transformer", "vae"]))
+        # without T5 its place is filled with zeros, of the width that the transformer has
+        self.pipeline.transformer = SimpleNamespace(config=SimpleNamespace(**found(source)[2]))
+        if self.pipeline.text_encoder_3 is not None:
+            self.pipeline.text_encoder_3.bfloat16()            # 4.7 billion parameters
 
     def embed(self, texts, device):
         words, _, pooled, _ = self.pipeline.to(device).encode_prompt(

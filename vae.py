@@ -22,7 +22,7 @@ from torch import nn
 from torchvision.models import Weights, WeightsEnum
 
 import text2image
-from harness import UserError, first_line, package
+from harness import UserError, first_line
 from harness.checkpoint import load_weights
 from harness.machine import FIRST, wait
 
@@ -237,7 +237,7 @@ class PipelineAutoencoder(nn.Module):
 
     def __init__(self, source):
         super().__init__()
-        self.vae = text2image.part(package("diffusers").AutoencoderKL, source, "vae",
+        self.vae = text2image.part(text2image.library("diffusers").AutoencoderKL, source, "vae",
                                    low_cpu_mem_usage=False)
         self.channels, self.scale = self.vae.config.latent_channels, self.vae.config.scaling_factor
         self.shift = self.vae.config.shift_factor or 0.0

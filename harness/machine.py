@@ -136,14 +136,14 @@ def prepare(network, cfg, device):
 def save_memory(net, cfg):
     """Less memory for the networks of a run, with the same results.
 
-    Of the teacher and of a discriminator with a frozen trunk, the layers that autocast rounds to
-    bf16 in every call are kept in bf16. With --ema-on-cpu the average is moved to the CPU.
+    The layers of frozen networks that autocast rounds to bf16 in every call are kept in bf16. With
+    --ema-on-cpu the average is moved to the CPU.
     """
-    if cfg.dataset == "captioned":                 # elsewhere the networks are small
-        for network in (net.teacher.network, net.disc):
-            for layer in network.modules() if network.bf16 else ():
-                frozen = not any(p.requires_grad for p in layer.parameters())
-                if frozen and isinstance(layer, (nn.Linear, nn.Conv2d)):
+    teacher = net.teacher.network
+    if cfg.dataset == "captioned" and teacher.bf16:            # elsewhere networks are small
+        for network in (teacher, *getattr(net.disc, "frozen", ())):
+            for layer in network.modules():
+                if isinstance(layer, (nn.Linear, nn.Conv2d)):
                     layer.bfloat16()
     if cfg.ema_on_cpu:
         net.ema.cpu()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 import captions
 from config import LATENT_SETS, MACHINE, POINT_SETS, Config
@@ -39,6 +40,11 @@ def find_student(dataset=None):
     of, flag = (f" of {dataset}", f" --dataset {dataset}") if dataset else ("", "")
     raise UserError(f"there is no student{of} in runs/; train one with: python train.py{flag}, "
                     "or name one by --checkpoint")
+
+
+def home_of(file):
+    """The folder where samples and tables of a checkpoint go: its own, for pipelines runs/NAME."""
+    return Path("runs", Path(file).name) if checkpoint.is_pipeline(file) else Path(file).parent
 
 
 def open_network(file, **given):
@@ -128,6 +134,24 @@ def save_npz(file, batches, n, shape):
     finally:
         if machine.FIRST and part.is_file():
             part.unlink()
+
+
+def save_pngs(folder, batches):
+    """Writes images as FOLDER/000000.png and so on; `batches` as for save_npz."""
+    for start, images in batches:
+        for i, pixels in enumerate(to_uint8(images), start):
+            array = pixels.permute(1, 2, 0).numpy()
+            Image.fromarray(array.squeeze(-1) if array.shape[2] == 1 else array).save(
+                folder / f"{i:06d}.png")
+
+
+def png_folder(name):
+    """A folder for PNG files, made if need be; UserError if it already holds something."""
+    folder = Path(name)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} exists and is no empty folder; name another by --png")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def npz_name(name):

@@ -1,13 +1,16 @@
 """Text to image with Stable Diffusion: tiny random pipelines of the same classes, the same code."""
 
+import copy
 import csv
 import io
 import json
 import shutil
 import tarfile
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -18,13 +21,16 @@ import model
 import sample
 import train
 from config import make_config
+from harness.saved import conditions_of, open_decoder, open_network
 from running import files, gen, half, is_picture, read, refused, rows, same, works
+from test_parallel import all_work, assert_close
 
 for name in ("diffusers", "transformers", "datasets"):
     pytest.importorskip(name, reason=f"text to image needs the package {name}")
 
 import captioned
 import text2image
+from study import memory
 from diffusers import (AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel,
                        StableDiffusion3Pipeline, StableDiffusionPipeline, UNet2DConditionModel)
 from transformers import (CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection,
@@ -184,18 +190,189 @@ def test_all_layouts_give_the_same_images_and_captions(layout):
     assert again == [text for _, text in SAMPLES.values()][13:]
 
 
+# -------------------------------------------------------------------------------- the networks
+
+
+def settings(pipeline, **more):
+    return make_config("captioned", teacher_checkpoint=str(pipeline), data_dir="images",
+                       image_size=64, device="cpu", threads=1, **dict(precision="fp32") | more)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["sd", "sd3"])
+def test_no_condition_is_the_empty_text(pipelines, name):
+    net = text2image.velocity(str(pipelines / name))
+    z, t = torch.randn(3, 4, 8, 8, generator=gen(0)), torch.rand(3, generator=gen(1))
+    empty, some = (captioned.Prompts(str(pipelines / name), [text] * 3).to("cpu")
+                   for text in ("", "a red ring"))
+    assert net(z, t).shape == z.shape
+    torch.testing.assert_close(net(z, t), net(z, t, empty))
+    assert (net(z, t, some) - net(z, t)).abs().max() > 1e-3
+    net.micro_batches = 3
+    torch.testing.assert_close(net(z, t, some), torch.cat([
+        text2image.velocity(str(pipelines / name))(z[i : i + 1], t[i : i + 1], some[i : i + 1])
+        for i in range(3)]))
+
+
+@torch.no_grad()
+def test_euler_is_the_sampling_loop_of_instaflow(pipelines):
+    """Its loop by its description: t' = 1000 (1 - i/N), z <- z + v'/N, v' guided, data - noise."""
+    pipe = StableDiffusionPipeline.from_pretrained(pipelines / "sd")
+    words, empty = (pipe.text_encoder(pipe.tokenizer(
+        [text] * 2, padding="max_length", max_length=77, return_tensors="pt").input_ids)[0]
+        for text in ("a photo of a cat", ""))
+    noise, n, w = sample.noise((4, 8, 8), 2, seed=3), 5, 1.5
+    z = noise
+    for i in range(n):
+        t = torch.full((2,), 1000 * (1 - i / n))
+        null, v = pipe.unet(z, t, empty).sample, pipe.unet(z, t, words).sample
+        z = z + (null + w * (v - null)) / n
+    net = model.Guided(text2image.velocity(str(pipelines / "sd")), w)
+    y = captioned.Prompts(str(pipelines / "sd"), ["a photo of a cat"] * 2)
+    ours = sample.draw(net, (4, 8, 8), 2, n, seed=3, y=y)
+    torch.testing.assert_close(ours, z, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_the_transformer_gets_time_and_velocity_as_they_are(pipelines):
+    pipe = StableDiffusion3Pipeline.from_pretrained(pipelines / "sd3", text_encoder_3=None,
+                                                    tokenizer_3=None)
+    words, _, pooled, _ = pipe.encode_prompt(["a cat"] * 2, None, None,
+                                             do_classifier_free_guidance=False)
+    z, t = torch.randn(2, 4, 8, 8, generator=gen(0)), torch.tensor([1.0, 0.25])
+    wanted = pipe.transformer(z, words, pooled, 1000 * t).sample
+    y = captioned.Prompts(str(pipelines / "sd3"), ["a cat"] * 2).to("cpu")
+    assert y.shape == (2, 77 + 256 + 1, 64)
+    torch.testing.assert_close(text2image.velocity(str(pipelines / "sd3"))(z, t, y), wanted)
+
+
+def test_the_discriminator_is_the_encoder_half_of_the_unet(pipelines):
+    z, cfg = torch.randn(3, 4, 8, 8, generator=gen(0)), settings(pipelines / "sd")
+    y = captioned.Prompts(cfg.teacher_checkpoint, ["one", "two", "three"]).to("cpu")
+    disc, net = model.discriminator(cfg, (4, 8, 8)), text2image.velocity(cfg.teacher_checkpoint)
+    middle = []
+    for part in (disc.encoder.mid_block, net.inner.mid_block):
+        part.register_forward_hook(lambda module, args, answer: middle.append(answer))
+    assert disc(z, y).shape == (3,)
+    net(z, torch.zeros(3), y)
+    disc(z, y)
+    assert torch.equal(middle[-1], middle[-2])
+    frozen = model.discriminator(replace(cfg, disc_trunk="frozen"), (4, 8, 8))
+    assert {name.split(".")[0] for name in frozen.state_dict()} == {"head", "null"}
+    assert all(p.requires_grad for p in disc.parameters())
+
+
+def test_frozen_weights_in_bf16_change_nothing(pipelines):
+    cfg = settings(pipelines / "sd", precision="bf16", disc_trunk="frozen")
+    teacher = model.copy_of(text2image.velocity(cfg.teacher_checkpoint))
+    whole = copy.deepcopy(teacher)
+    whole.bf16 = True
+    net = train.begin(teacher, teacher, cfg, (4, 8, 8), torch.device("cpu"))
+    z, t = torch.randn(2, 4, 8, 8, generator=gen(0)), torch.tensor([1.0, 0.25])
+    halves = [p for p in net.teacher.parameters() if p.dtype == torch.bfloat16]
+    assert len(halves) > 20 and torch.equal(net.teacher(z, t), whole(z, t))
+    for network in (net.student, net.target, net.ema):
+        assert {p.dtype for p in network.parameters()} == {torch.float32}
+    assert {p.dtype for p in net.disc.parameters()} == {torch.float32}
+    assert net.disc.frozen[0].conv_in.weight.dtype == torch.bfloat16
+
+
+def test_the_full_size_network_and_its_memory():
+    with torch.device("meta"):
+        full = memory.stable_diffusion()
+        disc = model.UNetDiscriminator(full, torch.zeros(77, 768))
+        assert sum(p.numel() for p in memory.stable_diffusion().parameters()) == 859_520_964
+    assert sum(p.numel() for p in disc.parameters()) == 353_958_913
+    printed = works("study.memory")
+    assert "859,520,964" in printed and "353,958,913" in printed and "24" in printed
+
+
 # ------------------------------------------------------------------------------------- as a run
 
 
-def settings(pipeline, images="images", **more):
-    return make_config("captioned", teacher_checkpoint=str(pipeline), data_dir=str(images),
-                       image_size=64, device="cpu", threads=1, precision="fp32", **more)
-
-
 RUN = ("--dataset captioned --data-dir images --image-size 64 --batch-size 4 --n-gan 0 --n-bi 0 "
-       "--log-every 1 --preview-every 3 --device cpu --threads 1 --precision fp32")
+       "--steps 4 --log-every 1 --preview-every 9 --device cpu --threads 1")
+WEIGHTS = ("student", "target", "ema", "disc", "opt", "opt_disc")
 
 
-def test_it_runs(pipelines):
-    of_texts(Path("images"))
-    works(f"train.py {RUN} --steps 3 --teacher-checkpoint {pipelines}/sd")
+@pytest.fixture
+def images():
+    """A folder of captioned images."""
+    return of_texts(Path("images"))
+
+
+def finite(log):
+    """The rows of a log, all of whose numbers are finite."""
+    lines = rows(log)
+    assert all(np.isfinite(float(v)) for line in lines for v in line.values() if v)
+    return lines
+
+
+@pytest.mark.parametrize("flags", ["--precision fp32", "--precision bf16 --disc-trunk frozen",
+                                   "--precision fp32 --preset paper --checkpointing --n-rf 0"])
+def test_four_losses_resumed_bit_for_bit(pipelines, images, no_pictures, flags):
+    line = f"train.py {RUN} {flags} --teacher-checkpoint {pipelines}/sd"
+    works(f"{line} --out whole")
+    last = finite("whole/log.csv")[-1]
+    assert all(last[name] for name in ("cd", "gan", "rf", "bi", "disc"))
+    works(f"{line} --out parts --steps 2")
+    works("train.py --dataset captioned --out parts --resume --steps 4")
+    whole, parts = (read(f"{out}/student_resume.pt") for out in ("whole", "parts"))
+    assert all(same(whole[name], parts[name]) for name in WEIGHTS)
+    assert same(read("whole/student.pt")["ema"], read("parts/student.pt")["ema"])
+    teacher = read("whole/teacher.pt")["ema"]
+    assert not torch.equal(teacher["inner.conv_in.weight"], whole["student"]["inner.conv_in.weight"])
+
+
+def test_two_processes_compute_what_one_computes(pipelines, images):
+    line = f"train.py {RUN} --precision fp32 --teacher-checkpoint {pipelines}/sd"
+    works(f"{line} --out one")
+    all_work(f"{line} --out two")
+    assert_close(read("two/student.pt")["ema"], read("one/student.pt")["ema"])
+    all_work(f"{line} --out frozen --disc-trunk frozen --precision bf16")
+    finite("frozen/log.csv")
+
+
+def test_stable_diffusion_3(pipelines, images, no_pictures):
+    line = f"train.py {RUN} --precision fp32 --teacher-checkpoint {pipelines}/sd3"
+    works(f"{line} --out four --steps 2")
+    assert all(finite("four/log.csv")[-1][name] for name in ("cd", "gan", "rf", "bi"))
+    works(f"{line} --out fgm --steps 2 --method fgm --precision bf16")
+    assert finite("fgm/log.csv")[-1]["fgm"]
+    again = SD3Transformer2DModel.from_pretrained("fgm/transformer")
+    assert same({f"inner.{k}": v for k, v in again.state_dict().items()},
+                {k: v for k, v in read("fgm/student.pt")["ema"].items() if k != "null"})
+    works("sample.py --checkpoint fgm/student.pt --prompt 'a cat' --nfe 1 --n 2 --out cat.png")
+
+
+class Flow(FlowMatchEulerDiscreteScheduler):
+    """What diffusers' StableDiffusionPipeline needs to sample a rectified flow of InstaFlow."""
+
+    init_noise_sigma = 1.0
+
+    def scale_model_input(self, sample, t):
+        return sample
+
+    def step(self, velocity, *others, **more):
+        return super().step(-velocity, *others, **more)
+
+
+def test_a_student_is_one_of_diffusers_too(pipelines, images, no_pictures):
+    works(f"train.py {RUN} --precision fp32 --teacher-checkpoint {pipelines}/sd --out run")
+    line = "sample.py --prompt 'a red cat' --nfe 1 --n 2 --seed 5 --precision fp32 --checkpoint"
+    works(f"{line} run/student.pt --npz ours.npz")
+    works(f"{line} run/unet --teacher-checkpoint {pipelines}/sd --png theirs")
+    ours = np.load("ours.npz")["arr_0"]
+    assert (np.stack([plt.imread(p) for p in sorted(Path("theirs").iterdir())]) * 255 == ours).all()
+    refused(f"{line} run/unet", "run/unet", "--teacher-checkpoint")
+
+    pipe = StableDiffusionPipeline.from_pretrained(
+        pipelines / "sd", unet=UNet2DConditionModel.from_pretrained("run/unet"), scheduler=Flow())
+    noise = sample.noise((4, 8, 8), 2, seed=5)
+    theirs = pipe(["a red cat"] * 2, latents=noise, num_inference_steps=1, guidance_scale=1.0,
+                  output_type="pt").images
+    network, _, cfg = open_network("run/student.pt", device="cpu", threads=1, precision="fp32")
+    z0 = sample.draw(network, (4, 8, 8), 2, 1, seed=5, y=conditions_of(cfg, prompts=["a red cat"])(2))
+    images = (open_decoder(cfg)(z0) + 1) / 2
+    torch.testing.assert_close(theirs, images, atol=1e-5, rtol=0)
+    assert abs(images.permute(0, 2, 3, 1).numpy() * 255 - ours).max() <= 0.5001
