@@ -149,11 +149,16 @@ def samples(path, start=0):
     except Exception as e:                         # tarfile's, pyarrow's, the package's own
         raise UserError(f"{place} cannot be read as captioned images; it may be cut short or "
                         f"damaged ({first_line(e)}); {ADVICE}") from e
-    if path.is_dir() and not start:                # images that no metadata name
-        names, kind, _ = source_of(path)
-        for name in of_suffix(SUFFIXES, names) if kind == "imagefolder" else ():
-            if os.path.realpath(path / name) not in seen:
+    names, kind, _ = source_of(path)
+    if kind == "imagefolder" and path.is_dir() and not start:
+        seen |= {os.path.splitext(file)[0] for file in seen if not column}
+        for name in names:                         # images that no metadata name, texts of no image
+            file = os.path.realpath(path / name)
+            if name in of_suffix(SUFFIXES, [name]) and file not in seen:
                 yield name, None, reader({}, None)
+            elif not column and name in of_suffix((".txt",), [name]) and (
+                    os.path.splitext(file)[0] not in seen):
+                yield name, "text", reader({}, "text")
 
 
 def beside(image):

@@ -259,7 +259,7 @@ def sample_shape(cfg):
         return captions.Captions.shape
     if cfg.vae == "pipeline":
         import text2image
-        channels = text2image.found(cfg.teacher_checkpoint)[2]["in_channels"]
+        channels = text2image.latents_of(cfg.teacher_checkpoint)[0]
     else:
         channels = LATENT_CHANNELS[cfg.vae]
     return (channels, *[cfg.image_size // LATENT_DOWNSAMPLING] * 2)

@@ -513,6 +513,13 @@ def velocity_network(cfg, shape):
 
 def check_network(cfg, shape):
     """UserError if the settings make no network for samples of `shape`; nothing is built."""
+    if cfg.dataset == "captioned":
+        import text2image
+        wanted = text2image.latents_of(cfg.teacher_checkpoint)
+        if tuple(shape) != wanted:
+            raise UserError(f"{cfg.teacher_checkpoint} takes latents of shape {wanted}, and "
+                            f"--vae {cfg.vae} --image-size {cfg.image_size} make {tuple(shape)}; "
+                            f"use --image-size {LATENT_DOWNSAMPLING * wanted[1]}")
     if len(shape) == 1 or cfg.dataset == "captioned":
         return
     divisor = cfg.patch_size * 2 ** (len(cfg.mult) - 1)

@@ -114,6 +114,12 @@ def found(source):
     return folder, kind, config
 
 
+def latents_of(source):
+    """The shape (C, h, w) of the latents that a pipeline's network takes."""
+    config = found(source)[2]
+    return config["in_channels"], config["sample_size"], config["sample_size"]
+
+
 def part(kind, source, folder, **more):
     """A part of a pipeline by from_pretrained, frozen, in float32; UserError if that fails."""
     try:
@@ -154,11 +160,11 @@ def content(source, rest="", weights=True):
     A bare network, such as the folder unet/ that train.py writes, needs `rest`, the pipeline that
     has its text encoder and autoencoder. Without `weights` they are left out.
     """
-    folder, _, config = found(source)
+    folder = found(source)[0]
     if not (rest := rest or source * bool(folder)):
         raise UserError(f"{source} is a network without text encoder and autoencoder; name the "
                         "pipeline that has them by --teacher-checkpoint")
-    shape = config["in_channels"], config["sample_size"], config["sample_size"]
+    shape = latents_of(source)
     cfg = make_config("captioned", teacher_checkpoint=rest,
                       image_size=LATENT_DOWNSAMPLING * shape[1])
     return {"scflow": 1, "kind": "teacher", "config": asdict(cfg), "shape": shape, "step": 0,

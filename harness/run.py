@@ -17,7 +17,7 @@ from pathlib import Path
 import data
 import sample
 from config import CIRCUMSTANCES, LATENT_SETS, MACHINE, identity, run_dir
-from harness import UserError, checkpoint, machine, pictures
+from harness import UserError, checkpoint, machine, package, pictures
 from harness.log import Interrupt, Log, curves, read_rows
 from harness.machine import FIRST
 from harness.saved import conditions_of, open_network
@@ -62,6 +62,8 @@ class Run:
             raise UserError("--dataset captioned needs --teacher-checkpoint, a pipeline of Stable "
                             "Diffusion: a folder in diffusers' layout, or an id on the Hugging "
                             "Face hub, as XCLiu/2_rectified_flow_from_sd_1_5")
+        if cfg.adam8bit:
+            package("bitsandbytes")                # if it is absent, now and not after the encoding
         self.cfg = cfg = data.with_classes(cfg)
         self.shape = data.sample_shape(cfg)
         check_network(cfg, self.shape)             # before anything is encoded or trained
@@ -258,6 +260,8 @@ class Run:
             if checkpoint.differences(older, saved, identity(cfg, "teacher")):
                 raise UserError(f"{own} is another teacher than {path}; --overwrite replaces it, "
                                 "another --out keeps both")
+        if cfg.overwrite:
+            self.dataset                           # it may fail, so it is opened before anything goes
         self.discard_older()
         more = {name: content[name] for name in ("data", "seconds") if name in content}
         checkpoint.save(own, "teacher", saved, content["shape"], content["step"],

@@ -5,10 +5,12 @@ import csv
 import io
 import json
 import shutil
+import sys
 import tarfile
 import zipfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -21,6 +23,7 @@ import model
 import sample
 import train
 from config import make_config
+from harness import UserError
 from harness.saved import conditions_of, open_decoder, open_network
 from running import files, gen, half, is_picture, read, refused, rows, same, works
 from test_parallel import all_work, assert_close
@@ -30,11 +33,11 @@ for name in ("diffusers", "transformers", "datasets"):
 
 import captioned
 import text2image
-from study import memory
+from study import clip, memory
 from diffusers import (AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel,
                        StableDiffusion3Pipeline, StableDiffusionPipeline, UNet2DConditionModel)
-from transformers import (CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection,
-                          CLIPTokenizer)
+from transformers import (CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTextConfig,
+                          CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer)
 
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 
@@ -376,3 +379,223 @@ def test_a_student_is_one_of_diffusers_too(pipelines, images, no_pictures):
     images = (open_decoder(cfg)(z0) + 1) / 2
     torch.testing.assert_close(theirs, images, atol=1e-5, rtol=0)
     assert abs(images.permute(0, 2, 3, 1).numpy() * 255 - ours).max() <= 0.5001
+
+
+# ------------------------------------------------------------------------------------- bad input
+
+
+def without(key, what):
+    """The samples, one of them without its image (0) or its caption (1)."""
+    some = dict(SAMPLES)
+    some[key] = tuple(None if i == what else part for i, part in enumerate(some[key]))
+    return some
+
+
+@pytest.mark.parametrize("layout", [of_tars, of_texts, of_metadata, of_parquet])
+@pytest.mark.parametrize("what, words", [(0, "has no image"), (1, "has no caption")])
+def test_samples_without_image_or_caption_are_skipped_and_named(layout, what, words, capsys):
+    path = layout(Path("images"), without("00004", what))
+    encode(path)
+    lines = [json.loads(line) for line in Path("latents/some.jsonl").read_text().splitlines()]
+    texts = [line["text"] for line in lines if "text" in line]
+    assert texts == [text for key, (_, text) in SAMPLES.items() if key != "00004"]
+    assert np.load("latents/some.npy").shape == (19, 1, 2, 4, 8, 8)
+    printed = capsys.readouterr().out
+    assert "skipped 1 of 20" in printed and "00004" in printed or "row 4" in printed
+
+
+def encode(path, stop=None):
+    """Encodes by random numbers; `stop` images later it fails."""
+    def numbers(pixels):
+        nonlocal stop
+        stop = None if stop is None else stop - len(pixels)
+        if stop is not None and stop < 0:
+            raise KeyboardInterrupt
+        return pixels.float().mean((1, 2, 3)).half()[:, None, None, None, None, None].expand(
+            -1, 1, 2, 4, 8, 8)
+
+    codec = SimpleNamespace(row=(1, 2, 4, 8, 8), vae=SimpleNamespace(scale=1), encode=numbers,
+                            sample=lambda z: z)
+    captioned.encode(path, codec, Path("latents/some.npy"), 64)
+
+
+def test_an_interrupted_encoding_continues():
+    some = {f"{i:05d}": (picture(i) if i != 20 else b"no image", f"number {i}") for i in range(50)}
+    path = of_texts(Path("images"), some)
+    encode(path)
+    whole = {p.name: p.read_bytes() for p in Path("latents").iterdir()}
+    shutil.rmtree("latents")
+    with pytest.raises(KeyboardInterrupt):
+        encode(path, stop=40)
+    with open("latents/some.part", "ab") as file:  # a batch that is torn
+        file.write(bytes(100))
+    with open("latents/some.jsonl.part", "a") as file:
+        file.write('{"name": "half a li')
+    encode(path)
+    assert {p.name: p.read_bytes() for p in Path("latents").iterdir()} == whole
+
+
+def bad_images():
+    for name, what in (("noimage", 0), ("nocaption", 1)):
+        some = {key: without(key, what)[key] if int(key) < 3 else SAMPLES[key] for key in SAMPLES}
+        of_tars(Path(name), some)
+    of_metadata(Path("gone"))
+    for path in sorted(Path("gone").rglob("*.jpg"))[:3]:
+        path.unlink()
+    half(of_tars(Path("cut")) / "00001.tar")
+    for path in of_tars(Path("tables")).glob("*.tar"):
+        path.unlink()
+    Path("empty").mkdir()
+    of_texts(Path("images"))
+
+
+def bad_pipelines(pipelines):
+    for name, change in (("sd2", {"cross_attention_dim": 48}), ("inpainting", {"in_channels": 9}),
+                         ("sdxl", {"addition_embed_type": "text_time"}),
+                         ("video", {"_class_name": "UNet3DConditionModel"})):
+        shutil.copytree(pipelines / "sd", name)
+        file = Path(name, "unet", "config.json")
+        file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    shutil.copytree(pipelines / "sd", "half")
+    half(Path("half/unet/diffusion_pytorch_model.safetensors"))
+    shutil.copytree(pipelines / "sd", "notext")
+    shutil.rmtree("notext/text_encoder")
+
+
+BAD = [
+    ("--data-dir noimage", "3 of 20", "00000 has no image"),
+    ("--data-dir nocaption", "3 of 20", "00000 has no caption"),
+    ("--data-dir gone", "3 of 20", "No such file", "00000.jpg"),
+    ("--data-dir cut", "cut/00001.tar", "cut short"),
+    ("--data-dir tables", "no column of images", "url, caption"),
+    ("--data-dir empty", "no captioned images"),
+    ("--data-dir nowhere", "nowhere", "--data-dir"),
+    ("--data-dir ''", "needs --data-dir"),
+    ("--teacher-checkpoint ''", "needs --teacher-checkpoint", "XCLiu/2_rectified_flow_from_sd_1_5"),
+    ("--teacher-checkpoint nobody/nothing", "nobody/nothing", "hub"),
+    ("--teacher-checkpoint sd2", "sd2", "another architecture", "cross_attention_dim"),
+    ("--teacher-checkpoint inpainting", "inpainting", "another architecture", "in_channels"),
+    ("--teacher-checkpoint sdxl", "sdxl", "another architecture", "addition_embed_type"),
+    ("--teacher-checkpoint video", "UNet3DConditionModel"),
+    ("--teacher-checkpoint half", "the unet of", "half"),
+    ("--teacher-checkpoint notext", "text_encoder of", "notext"),
+    ("--r1 1", "--r1 1.0", "attention"),
+    ("--model tiny", "--model", "captioned"),
+    ("--vae taef2", "(32, 8, 8)"),
+    ("--condition none --guidance 1", "--condition none"),
+    ("--image-size 128", "(4, 8, 8)", "--image-size 64"),
+    ("--adam8bit", "bitsandbytes", "pip install"),
+]
+
+
+def test_bad_input(pipelines, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    bad_images(), bad_pipelines(pipelines)
+    works(f"train.py {RUN} --steps 1 --teacher-checkpoint {pipelines}/sd")
+    before = files("runs")
+    for flags, *named in BAD:
+        refused(f"train.py {RUN} --teacher-checkpoint {pipelines}/sd --overwrite {flags}",
+                *named)
+    assert files("runs") == before
+
+
+def test_a_missing_package_is_named(pipelines, monkeypatch, images):
+    line = f"train.py {RUN} --teacher-checkpoint {pipelines}/sd"
+    for name in ("diffusers", "transformers", "datasets"):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, name, None)
+            for cached in (text2image.found, text2image.texts_of):
+                cached.cache_clear()
+            refused(line, name, f"pip install {name}")
+
+
+def test_what_sampling_refuses_and_says(pipelines, images, monkeypatch, no_pictures):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    line = f"sample.py --checkpoint {pipelines}/sd --nfe 1 --n 2 --out some.png"
+    printed = works(f"{line} --prompt '{'a cat ' * 30}'")
+    assert "longer than 77 tokens" in printed and is_picture("some.png")
+    refused("sample.py --checkpoint nobody/nothing --nfe 1", "nobody/nothing", "hub")
+    refused("sample.py --checkpoint nobody/nothing.pt --nfe 1", "no checkpoint nobody/nothing.pt")
+    refused(f"{line} --class 1", "--class")
+    Path("full").mkdir(), Path("full/note.txt").touch()
+    refused(f"sample.py --checkpoint {pipelines}/sd --nfe 1 --n 2 --png full", "full", "--png")
+
+    # a student whose pipeline has moved
+    works(f"train.py {RUN} --steps 1 --teacher-checkpoint {pipelines}/sd --out run")
+    content = read("run/student.pt")
+    content["config"]["teacher_checkpoint"] = "/gone/sd"
+    torch.save(content, "run/moved.pt")
+    line = "sample.py --checkpoint run/moved.pt --nfe 1 --n 2 --out moved.png"
+    refused(line, "/gone/sd")
+    works(f"{line} --teacher-checkpoint {pipelines}/sd")
+
+
+# ------------------------------------------------------------------------------------ evaluation
+
+
+@pytest.fixture
+def small_clip(pipelines):
+    """A folder with a tiny random CLIP."""
+    words = CLIPTokenizer.from_pretrained(pipelines / "sd" / "tokenizer")
+    vision = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+                  image_size=32, patch_size=16)
+    torch.manual_seed(1)
+    CLIPModel(CLIPConfig(text_config(len(words)).to_dict(), vision, projection_dim=16)
+              ).save_pretrained("clip")
+    CLIPProcessor(CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32), words
+                  ).save_pretrained("clip")
+    return Path("clip")
+
+
+def test_clip_score_is_a_cosine_and_knows_its_pairs(small_clip):
+    score = clip.Score(str(small_clip))
+    pictures = torch.rand(4, 3, 64, 64, generator=gen(0)) * 2 - 1
+    prompts = ["a cat", "a dog on a red sofa", "soup", "a lighthouse at sunset"]
+    (name, values), = score(pictures, None, prompts).items()
+    assert name == "CLIP score (clip)" and values.shape == (4,) and values.abs().max() <= 1
+    order = [2, 0, 3, 1]
+    again = score(pictures[order], None, [prompts[i] for i in order])[name]
+    torch.testing.assert_close(again, values[order])
+    other = score(pictures, None, prompts[1:] + prompts[:1])[name]
+    assert (other - values).abs().min() > 1e-4
+
+
+def test_prompts_come_from_lines_or_pairs():
+    Path("a.txt").write_text("a cat\n\n  a dog \n")
+    Path("a.json").write_text('[["1.jpg", "a cat"], ["2.jpg", "a dog"]]')
+    assert clip.read_prompts("a.txt") == clip.read_prompts("a.json") == ["a cat", "a dog"]
+    Path("b.json").write_text('{"no": "list"}')
+    for name in ("b.json", "none.txt"):
+        with pytest.raises(UserError, match=name):
+            clip.read_prompts(name)
+
+
+def test_one_command_each(pipelines, images, small_clip):
+    """Teacher, student, sampling, evaluation: the commands of docs/text-to-image.md, in small."""
+    small = "--device cpu --threads 1 --precision fp32"
+    Path("prompts.txt").write_text("\n".join(text for _, text in SAMPLES.values()))
+    Path("own.py").write_text("def few(x): return x[:, :, ::16, ::16].flatten(1)[:, :5]\n")
+    works(f"teacher.py {RUN} --precision fp32 --teacher-checkpoint {pipelines}/sd")
+    works(f"train.py {RUN} --precision fp32 --teacher-checkpoint {pipelines}/sd")
+    assert {"teacher.pt", "student.pt", "unet", "samples.png", "losses.png"} <= {
+        p.name for p in Path("runs/captioned").iterdir()}
+    works(f"sample.py --dataset captioned --prompt 'a red cat' 'a dog' --nfe 1 2 --n 2 {small}")
+    works(f"sample.py --checkpoint {pipelines}/sd --guidance 1.5 --nfe 2 --n 2 {small}")
+    assert is_picture("runs/captioned/samples/student-nfe1-2-seed0.png")
+
+    measure = "--real images --prompts prompts.txt --clip clip --features own:few"
+    printed = works(f"evaluate.py --dataset captioned --nfe 1 2 {measure} {small}")
+    for words in ("teacher", "student", "CLIP score (clip)", "20 samples against 20", "Lanczos"):
+        assert words in printed
+    for name, flag in (("student.npz", "--npz"), ("student", "--png")):
+        works(f"sample.py --dataset captioned --n 20 --nfe 1 {flag} {name} {small} --prompt",
+              *(text for _, text in SAMPLES.values()))
+    printed = works(f"evaluate.py --samples student.npz student {measure} {small}").splitlines()
+    one, two = (line.split("|")[2:] for line in printed[-2:])
+    assert one == two
+
+    refused("evaluate.py --dataset captioned --nfe 1", "--real")
+    refused("evaluate.py --samples student.npz --nfe 1", "--real")
+    refused(f"evaluate.py --samples prompts.txt --real images", "prompts.txt", "arr_0")
+    refused(f"evaluate.py --samples student.npz --real images --clip clip", "--prompts")
+    refused(f"evaluate.py --samples student.npz --real images --clip nobody/clip", "nobody/clip")
