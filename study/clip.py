@@ -40,6 +40,8 @@ def read_prompts(file):
     try:
         text = Path(file).read_text("utf-8")
         prompts = json.loads(text) if Path(file).suffix == ".json" else text.splitlines()
+        if not isinstance(prompts, list):
+            raise ValueError("it is no list")
         prompts = [p if isinstance(p, str) else p[1] for p in prompts]
     except (OSError, ValueError, LookupError, TypeError) as e:
         raise UserError(f"--prompts {file} cannot be read ({first_line(e)}); it has one prompt per "
