@@ -84,7 +84,7 @@ class Config:
     betas: tuple[float, ...] = (0.9, 0.999)  # AdamW's two betas for the student
     disc_betas: tuple[float, ...] = (0.0, 0.99)  # AdamW's two betas for the discriminator
     disc_channels: int = 128        # width of the discriminator
-    disc_trunk: Literal["trained", "frozen"] = "trained"  # captioned: D's half of the teacher's UNet
+    disc_trunk: Literal["trained", "frozen"] = "trained"  # captioned: the UNet's half in D
     adam8bit: bool = False          # AdamW with moments of 8 bits, for a GPU (needs bitsandbytes)
     guidance: float = 1.0           # w of the guided teacher (Eq. 3); 1 is off
     t_trunc: float = 0.1            # truncation time of CD (Eq. 8); 0: plain CD, as without GAN

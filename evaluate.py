@@ -29,7 +29,8 @@ from harness.script import add_field_flags, given_flags, make_parser, run_script
 from study import clip
 from study.features import extractor
 
-OPENING = (*MACHINE, "data_dir", "vae_weights", "teacher_checkpoint")   # settings with which checkpoints are opened
+# settings with which checkpoints are opened
+OPENING = (*MACHINE, "data_dir", "vae_weights", "teacher_checkpoint")
 RIGHT = "as asked: "               # before the names of measures of conditional samples
 MEASURES = ("distance", "precision", "recall", "consistency", "spread", "per_second")
 NEIGHBOURS = 10_000                # precision and recall use at most this many samples of each
@@ -439,7 +440,8 @@ def of_samples(args):
                 scores += score(x, None, texts)[score.name].tolist()
         row = reference.compare(torch.cat(features))
         lines.append([Path(path).name, f"{row['distance']:.1f}", f"{row['precision']:.3f}",
-                      f"{row['recall']:.3f}"] + [f"{100 * statistics.mean(scores):.1f}"] * bool(score))
+                      f"{row['recall']:.3f}"])
+        lines[-1] += [f"{100 * statistics.mean(scores):.1f}"] if score else []
     heads = ["samples", "distance", "precision", "recall"] + (
         [f"{score.name}, in percent"] if score else [])
     return f"{reference.name}\n\n{markdown([heads, *lines])}"
@@ -460,8 +462,8 @@ def main(argv=None):
     group.add_argument("--guidance", type=float, nargs="+", default=[None], metavar="W", help=(
         "conditional teachers: guide them with each of these w (Eq. 3) [1]"))
     text = parser.add_argument_group("text to image (captioned)")
-    text.add_argument("--prompts", metavar="FILE", help="what to draw, in turn: one prompt per line, "
-                      "or a .json list of [path, prompt]")
+    text.add_argument("--prompts", metavar="FILE", help="what to draw, in turn: one prompt per "
+                      "line, or a .json list of [path, prompt]")
     text.add_argument("--real", metavar="FOLDER", help="the images to compare with")
     text.add_argument("--clip", metavar="ID_OR_FOLDER", help="also measure the CLIP score, by this "
                       "CLIPModel of transformers")
@@ -486,7 +488,7 @@ def main(argv=None):
                         "--dataset out")
     if cfg.dataset == "captioned":
         if not args.real:
-            raise UserError("captioned is measured against real images; name their folder by --real")
+            raise UserError("captioned is measured against images; name their folder by --real")
         cfg = replace(cfg, data_dir=args.real)
         args.n = args.n or len(args.prompts) or None
     elif args.real or args.prompts or args.clip:

@@ -297,7 +297,7 @@ class Codec:
         self.sample, self.bf16 = autoencoder.sample, wants_bf16(cfg, self.device)
         side = cfg.image_size // LATENT_DOWNSAMPLING
         planes = 2 if autoencoder.stochastic else 1
-        views = 1 if cfg.dataset == "captioned" else 2             # captions say what is left of what
+        views = 1 if cfg.dataset == "captioned" else 2             # captions tell left from right
         self.row = (views, planes, autoencoder.channels, side, side)   # of each image
         autoencoder.to(device, memory_format=torch.channels_last)
 

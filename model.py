@@ -545,7 +545,7 @@ def check_network(cfg, shape):
 def discriminator(cfg, shape):
     """The discriminator for samples of `shape`.
 
-    captioned: made of the pipeline's UNet. A transformer has no encoder half; it gets the plain one.
+    captioned: made of the pipeline's UNet; a transformer has no encoder half, so the plain one.
     """
     if cfg.dataset == "captioned":
         import text2image

@@ -1,9 +1,9 @@
 """Text to image: pipelines of Stable Diffusion as networks of this project.
 
 A pipeline is a folder in diffusers' layout, or an id on the Hugging Face hub. Its parts are unet/
-(or transformer/ for Stable Diffusion 3), text_encoder/, tokenizer/ and vae/. Conventions: the UNets
-of InstaFlow take t' = 1000 t and answer v' = data - noise = -v; Stable Diffusion 3 takes the same
-t' and answers v' = noise - data = v. A condition y is the embedding of a text, float32 (B, L, D).
+(Stable Diffusion 3: transformer/), text_encoder/, tokenizer/ and vae/. Conventions: InstaFlow's
+UNet takes t' = 1000 t and answers v' = data - noise = -v; Stable Diffusion 3 takes the same t'
+and answers v' = noise - data = v. A condition y is the embedding of a text, float32 (B, L, D).
 """
 
 from dataclasses import asdict
@@ -13,32 +13,32 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from config import LATENT_DOWNSAMPLING, make_config
-from harness import UserError, first_line, package
+from harness import UserError, first_line
+from harness.hub import ADVICE, library, part
 from harness.machine import VelocityNetwork
-
-ADVICE = ("name a folder in diffusers' layout, or the id of one on the Hugging Face hub, which must "
-          "be in reach or in its cache")
 
 
 class StableDiffusion(VelocityNetwork):
-    """v(zt, t, y) by diffusers' UNet; y (B, 77, 768) is CLIP's last hidden state for SD 1.5.
+    """v(zt, t, y) by diffusers' UNet; for SD 1.5 y is CLIP's last hidden state, (B, 77, 768).
 
     y = None is the null condition, the embedding of the empty text: a buffer, (L, D).
     """
+
+    subfolder = "unet"
 
     def __init__(self, inner, null):
         super().__init__()
         self.inner = inner
         self.register_buffer("null", null)
 
-    def embedded(self, y, batch):
-        return self.null.expand(batch, -1, -1) if y is None else y
-
     def forward(self, zt, t, y=None):
-        return -self.inner(zt, 1000 * t, self.embedded(y, len(zt))).sample
+        y = self.null.expand(len(zt), -1, -1) if y is None else y
+        return self.velocity(zt, 1000 * t, y)
+
+    def velocity(self, zt, t, y):
+        return -self.inner(zt, t, y).sample
 
     @property
     def checkpointing(self):
@@ -51,7 +51,7 @@ class StableDiffusion(VelocityNetwork):
 
     def save(self, folder):
         """Writes the network as FOLDER/unet or FOLDER/transformer in diffusers' layout."""
-        self.inner.save_pretrained(folder / SUBFOLDERS[type(self.inner).__name__])
+        self.inner.save_pretrained(folder / self.subfolder)
 
 
 class StableDiffusion3(StableDiffusion):
@@ -61,26 +61,16 @@ class StableDiffusion3(StableDiffusion):
     travel as one y, (B, L + 1, D): the last row is the pooled one, with zeros behind it.
     """
 
-    def forward(self, zt, t, y=None):
-        y = self.embedded(y, len(zt))
-        words, pooled = y[:, :-1], y[:, -1, : self.inner.config.pooled_projection_dim]
-        return self.inner(zt, words, pooled, 1000 * t).sample
+    subfolder = "transformer"
+
+    def velocity(self, zt, t, y):
+        pooled = y[:, -1, : self.inner.config.pooled_projection_dim]
+        return self.inner(zt, y[:, :-1], pooled, t).sample
 
 
 ADAPTERS = {"UNet2DConditionModel": StableDiffusion, "SD3Transformer2DModel": StableDiffusion3}
-OPTIONAL = ("text_encoder_3", "tokenizer_3", "image_encoder", "feature_extractor")   # of SD 3
-SUBFOLDERS = {"UNet2DConditionModel": "unet", "SD3Transformer2DModel": "transformer"}
-
 
 # ------------------------------------------------------------------------------------ pipelines
-
-
-def library(name):
-    """The package diffusers or transformers, without its warnings and progress bars."""
-    module = package(name)
-    module.utils.logging.set_verbosity_error()
-    module.utils.logging.disable_progress_bar()
-    return module
 
 
 @lru_cache
@@ -90,7 +80,7 @@ def found(source):
     Raises UserError if there is none, or if it takes more than latent, time and text.
     """
     load, error = library("diffusers").UNet2DConditionModel.load_config, None
-    for folder in (*SUBFOLDERS.values(), None):
+    for folder in ("unet", "transformer", None):
         if Path(source).is_dir() and not Path(source, folder or "", "config.json").exists():
             continue
         try:
@@ -104,13 +94,10 @@ def found(source):
     kind = config.get("_class_name")
     if kind not in ADAPTERS:
         raise UserError(f"{source} holds a {kind}, not one of {' and '.join(ADAPTERS)}; {ADVICE}")
-    strange = [name for name in ("addition_embed_type", "class_embed_type", "encoder_hid_dim")
-               if config.get(name)]
-    if config["in_channels"] != config["out_channels"]:
-        strange.append("in_channels")
-    if strange:
-        raise UserError(f"{source} holds a UNet of another architecture, such as SDXL's "
-                        f"({strange[0]} is {config[strange[0]]}); name one as Stable Diffusion 1.5")
+    for name in ("addition_embed_type", "class_embed_type", "encoder_hid_dim", "in_channels"):
+        if config.get(name) not in (None, config["out_channels"]):
+            raise UserError(f"{source} holds a UNet of another architecture, such as SDXL's ("
+                            f"{name} is {config[name]}); name one like that of Stable Diffusion 1.5")
     return folder, kind, config
 
 
@@ -120,38 +107,23 @@ def latents_of(source):
     return config["in_channels"], config["sample_size"], config["sample_size"]
 
 
-def part(kind, source, folder, **more):
-    """A part of a pipeline by from_pretrained, frozen, in float32; UserError if that fails."""
-    try:
-        made = kind.from_pretrained(source, **{"subfolder": folder} if folder else {}, **more)
-    except Exception as e:                         # no network, no such id, a damaged file
-        raise UserError(f"the {folder or 'pipeline'} of {source} cannot be loaded "
-                        f"({first_line(e)}); {ADVICE}") from e
-    made, info = made if isinstance(made, tuple) else (made, {})
-    if lacking := sorted(info.get("missing_keys", ())):
-        raise UserError(f"the {folder or 'network'} of {source} lacks {len(lacking)} tensors "
-                        f"(first: {lacking[0]}); download it again")
-    return made.float().eval().requires_grad_(False) if isinstance(made, nn.Module) else made
-
-
 def velocity(source, rest="", weights=True):
-    """The velocity network of a pipeline, or of a bare network with the texts of `rest`.
+    """The velocity network of a pipeline, or a bare network with the text encoder of `rest`.
 
-    Without `weights` they are random, for others to be loaded. Raises UserError if it does not fit
-    the text encoder.
+    Without `weights` they are random, for others to be loaded. Raises UserError if text encoder
+    and network do not fit.
     """
     folder, kind, config = found(source)
-    null = texts_of(rest or source).null.clone()
+    null, kind, adapter = texts_of(rest or source).null.clone(), getattr(
+        library("diffusers"), kind), ADAPTERS[kind]
     width = config.get("cross_attention_dim") or config.get("joint_attention_dim")
     if null.shape[1] != width:
         raise UserError(f"{source} holds a network of another architecture: it takes {width} "
-                        f"numbers per word (cross_attention_dim), and the text encoder of "
+                        "numbers per word (cross_attention_dim), and the text encoder of "
                         f"{rest or source} gives {null.shape[1]}; name a pipeline that fits")
-    kind, adapter = getattr(library("diffusers"), kind), ADAPTERS[kind]
     if not weights:
         return adapter(kind.from_config(config), null)
-    more = dict(output_loading_info=True, low_cpu_mem_usage=False)
-    return adapter(part(kind, source, folder, **more), null)
+    return adapter(part(kind, source, folder, low_cpu_mem_usage=False), null)
 
 
 def content(source, rest="", weights=True):
@@ -160,8 +132,7 @@ def content(source, rest="", weights=True):
     A bare network, such as the folder unet/ that train.py writes, needs `rest`, the pipeline that
     has its text encoder and autoencoder. Without `weights` they are left out.
     """
-    folder = found(source)[0]
-    if not (rest := rest or source * bool(folder)):
+    if not (rest := rest or source * bool(found(source)[0])):
         raise UserError(f"{source} is a network without text encoder and autoencoder; name the "
                         "pipeline that has them by --teacher-checkpoint")
     shape = latents_of(source)
@@ -195,8 +166,7 @@ class Texts:
     def __call__(self, texts, device):
         for text in texts if not self.told else ():
             if len(self.tokenizer(text).input_ids) > self.length:
-                print(f"longer than {self.length} tokens; the end is cut, and that of others, too: "
-                      f"{text}")
+                print(f"longer than {self.length} tokens, so its end is cut: {text}")
                 self.told = True
         with torch.no_grad(), torch.autocast(torch.device(device).type, enabled=False):
             return self.embed(list(texts), device)
@@ -213,7 +183,8 @@ class Texts3(Texts):
     def load(self, source):
         kind = library("diffusers").StableDiffusion3Pipeline
         listed = kind.load_config(source)
-        absent = [name for name in OPTIONAL if not listed.get(name, [None])[0]]
+        absent = [name for name in ("text_encoder_3", "tokenizer_3", "image_encoder",
+                                    "feature_extractor") if not listed.get(name, [None])[0]]
         self.pipeline = part(kind, source, None, **dict.fromkeys([*absent, "transformer", "vae"]))
         # without T5 its place is filled with zeros, of the width that the transformer has
         self.pipeline.transformer = SimpleNamespace(config=SimpleNamespace(**found(source)[2]))

@@ -11,7 +11,8 @@ import torch
 from torch.optim import AdamW
 
 from data import Draws
-from harness import machine, package
+from harness import machine
+from harness.hub import package
 from harness.run import Run
 from harness.script import parse_config, run_script
 from losses import (bidirectional_loss, consistency_loss, discriminator_loss, expand,

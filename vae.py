@@ -21,9 +21,9 @@ from einops import rearrange
 from torch import nn
 from torchvision.models import Weights, WeightsEnum
 
-import text2image
 from harness import UserError, first_line
 from harness.checkpoint import load_weights
+from harness.hub import library, part
 from harness.machine import FIRST, wait
 
 
@@ -231,14 +231,13 @@ AUTOENCODERS = {                   # name: (how to build it, its published files
 
 
 class PipelineAutoencoder(nn.Module):
-    """The autoencoder of a pipeline of Stable Diffusion (diffusers' class), called as those above."""
+    """The autoencoder of a pipeline of Stable Diffusion, with the methods of those above."""
 
     stochastic = True
 
     def __init__(self, source):
         super().__init__()
-        self.vae = text2image.part(text2image.library("diffusers").AutoencoderKL, source, "vae",
-                                   low_cpu_mem_usage=False)
+        self.vae = part(library("diffusers").AutoencoderKL, source, "vae", low_cpu_mem_usage=False)
         self.channels, self.scale = self.vae.config.latent_channels, self.vae.config.scaling_factor
         self.shift = self.vae.config.shift_factor or 0.0
 

@@ -4,10 +4,9 @@
     run.py         a run's folder: what it may overwrite, how it resumes, its logs and pictures
     checkpoint.py  files that are saved and read back
     machine.py     device, precision, several processes
+    hub.py         networks of other packages, from a folder or from the Hugging Face hub
     pictures.py    figures
 """
-
-import importlib
 
 
 class UserError(Exception):
@@ -17,11 +16,3 @@ class UserError(Exception):
 def first_line(error):
     """The first line of an exception's message, or its type's name if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def package(name):
-    """An optional package; UserError if it is not installed."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as e:
-        raise UserError(f"this needs the package {name}; install it by pip install {name}") from e

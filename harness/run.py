@@ -17,7 +17,8 @@ from pathlib import Path
 import data
 import sample
 from config import CIRCUMSTANCES, LATENT_SETS, MACHINE, identity, run_dir
-from harness import UserError, checkpoint, machine, package, pictures
+from harness import UserError, checkpoint, machine, pictures
+from harness.hub import package
 from harness.log import Interrupt, Log, curves, read_rows
 from harness.machine import FIRST
 from harness.saved import conditions_of, open_network
@@ -261,7 +262,7 @@ class Run:
                 raise UserError(f"{own} is another teacher than {path}; --overwrite replaces it, "
                                 "another --out keeps both")
         if cfg.overwrite:
-            self.dataset                           # it may fail, so it is opened before anything goes
+            self.dataset                           # may fail, so it is opened before files go
         self.discard_older()
         more = {name: content[name] for name in ("data", "seconds") if name in content}
         checkpoint.save(own, "teacher", saved, content["shape"], content["step"],

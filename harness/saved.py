@@ -98,7 +98,9 @@ def conditions_of(cfg, classes=(), prompts=()):
 def at_a_time(dataset):
     """Default batch size of sampling: large for points, small for latents, whose decoder needs
     memory."""
-    return 8 if dataset == "captioned" else 64 if dataset in LATENT_SETS else 1000 if dataset in POINT_SETS else 500
+    if dataset == "captioned":
+        return 8
+    return 64 if dataset in LATENT_SETS else 1000 if dataset in POINT_SETS else 500
 
 
 # ------------------------------------------------------------------------------- raw samples

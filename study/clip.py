@@ -5,11 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 import latents
 from harness import UserError, first_line
+from harness.hub import library, part
 from harness.pictures import from_uint8, to_uint8
-from text2image import library, part
 
 
 class Score:
@@ -28,10 +29,10 @@ class Score:
     @torch.no_grad()
     def __call__(self, images, features, prompts):
         """Images (n, 3, H, W) in [-1, 1] and n prompts -> {name: scores in -1 ... 1, (n,)}."""
-        inputs = self.processor(
-            text=list(getattr(prompts, "texts", prompts)), images=list(to_uint8(images)), return_tensors="pt",
-            padding=True, truncation=True).to(self.device)
-        answer = self.model(**inputs)
+        texts = list(getattr(prompts, "texts", prompts))       # Prompts, or a list
+        inputs = self.processor(text=texts, images=list(to_uint8(images)), return_tensors="pt",
+                                padding=True, truncation=True).to(self.device)
+        answer = self.model(**inputs)              # its embeddings are normalised
         return {self.name: (answer.image_embeds * answer.text_embeds).sum(1).float().cpu()}
 
 
@@ -53,12 +54,11 @@ def read_prompts(file):
 
 
 def read_samples(path):
-    """Samples of a .npz (arr_0, uint8 (n, H, W, 3)) or a folder of images, as uint8 (n, 3, H, W)."""
+    """Samples of a .npz (arr_0, uint8 (n, H, W, 3)) or a folder of images: uint8 (n, 3, H, W)."""
     path = Path(path)
     try:
         if path.is_dir():
             names = latents.of_suffix(latents.SUFFIXES, latents.files_in(path))
-            from PIL import Image
             arrays = np.stack([np.asarray(Image.open(path / name).convert("RGB"))
                                for name in names])
         else:

@@ -8,8 +8,8 @@ and temporary results take comes on top.
 import torch
 
 import model
+from harness.hub import library
 from harness.script import make_parser, run_script
-from text2image import library
 
 GIB = 2**30
 

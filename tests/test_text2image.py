@@ -329,8 +329,20 @@ def test_four_losses_resumed_bit_for_bit(pipelines, images, no_pictures, flags):
     whole, parts = (read(f"{out}/student_resume.pt") for out in ("whole", "parts"))
     assert all(same(whole[name], parts[name]) for name in WEIGHTS)
     assert same(read("whole/student.pt")["ema"], read("parts/student.pt")["ema"])
-    teacher = read("whole/teacher.pt")["ema"]
-    assert not torch.equal(teacher["inner.conv_in.weight"], whole["student"]["inner.conv_in.weight"])
+    teacher, name = read("whole/teacher.pt")["ema"], "inner.conv_in.weight"
+    assert not torch.equal(teacher[name], whole["student"][name])
+
+
+def test_adam_in_8_bits_resumes_bit_for_bit(pipelines, images, no_pictures):
+    pytest.importorskip("bitsandbytes", reason="--adam8bit needs the package bitsandbytes")
+    line = f"train.py {RUN} --precision bf16 --adam8bit --ema-on-cpu --disc-trunk frozen"
+    works(f"{line} --teacher-checkpoint {pipelines}/sd --out whole")
+    works(f"{line} --teacher-checkpoint {pipelines}/sd --out parts --steps 2")
+    works("train.py --dataset captioned --out parts --resume --steps 4")
+    whole, parts = (read(f"{out}/student_resume.pt") for out in ("whole", "parts"))
+    assert all(same(whole[name], parts[name]) for name in WEIGHTS)
+    first = whole["opt"]["state"][0]["__bnb_optimizer_quant_state__"]["state1"]
+    assert finite("whole/log.csv") and first.dtype in (torch.uint8, torch.float32)
 
 
 def test_two_processes_compute_what_one_computes(pipelines, images):
@@ -381,7 +393,8 @@ def test_a_student_is_one_of_diffusers_too(pipelines, images, no_pictures):
     theirs = pipe(["a red cat"] * 2, latents=noise, num_inference_steps=1, guidance_scale=1.0,
                   output_type="pt").images
     network, _, cfg = open_network("run/student.pt", device="cpu", threads=1, precision="fp32")
-    z0 = sample.draw(network, (4, 8, 8), 2, 1, seed=5, y=conditions_of(cfg, prompts=["a red cat"])(2))
+    y = conditions_of(cfg, prompts=["a red cat"])(2)
+    z0 = sample.draw(network, (4, 8, 8), 2, 1, seed=5, y=y)
     images = (open_decoder(cfg)(z0) + 1) / 2
     torch.testing.assert_close(theirs, images, atol=1e-5, rtol=0)
     assert abs(images.permute(0, 2, 3, 1).numpy() * 255 - ours).max() <= 0.5001
@@ -490,7 +503,6 @@ BAD = [
     ("--vae taef2", "(32, 8, 8)"),
     ("--condition none --guidance 1", "--condition none"),
     ("--image-size 128", "(4, 8, 8)", "--image-size 64"),
-    ("--adam8bit", "bitsandbytes", "pip install"),
 ]
 
 
@@ -512,6 +524,8 @@ def test_a_missing_package_is_named(pipelines, monkeypatch, images):
             for cached in (text2image.found, text2image.texts_of):
                 cached.cache_clear()
             refused(line, name, f"pip install {name}")
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    refused(f"{line} --adam8bit", "bitsandbytes", "pip install bitsandbytes")
 
 
 def test_what_sampling_refuses_and_says(pipelines, images, no_pictures):
