@@ -247,8 +247,8 @@ def encode(path, codec, file, size):
             done += len(pixels)
             pixels.clear(), texts.clear()
 
-        bar = tqdm(latents.decoded(SimpleNamespace(files=files()), size), "encoding", initial=start,
-                   unit=" images")
+        images = latents.decoded(SimpleNamespace(files=files()), size, enlarge=True)
+        bar = tqdm(images, "encoding", initial=start, unit=" images")
         for name, image, wrong in bar:
             caption = waiting.popleft()
             texts.append({"name": name, "wrong": wrong} if wrong else

@@ -144,7 +144,8 @@ def images_in_blocks(cfg):
     """Yields all images of a folder or data set, float32 (BLOCK, 3, H, W) in [-1, 1]."""
     import latents                                 # here, so that points start without torchvision
     images, count = latents.open_images(cfg), 0
-    decoded = tqdm(latents.decoded(images, cfg.image_size), "features of the data", images.size)
+    decoded = latents.decoded(images, cfg.image_size, enlarge=cfg.dataset == "captioned")
+    decoded = tqdm(decoded, "features of the data", images.size)
     pixels = (pixels for _, pixels, _ in decoded if pixels is not None)
     while block := list(islice(pixels, BLOCK)):
         count += len(block)
@@ -180,9 +181,9 @@ class Reference:
         size, d = min(n, len(real)), real.shape[1]
         self.name = f"sliced W2 x 1000, {n:,} points" if self.points else (
             f"Frechet distance on {name}, {n:,} samples against {len(real):,} {kind}")
-        if cfg.dataset in LATENT_SETS:
-            self.name += (f" (the central square of each, by Lanczos to {cfg.image_size} x "
-                          f"{cfg.image_size} pixels)")
+        if cfg.dataset == "captioned":
+            self.name += (f" (centre crop, Lanczos to {cfg.image_size} x {cfg.image_size} pixels; "
+                          "FID's Inception resizes to 299 x 299)")
         if not self.points and size <= max(d, 7):  # halves of 4 have 3 neighbours
             raise UserError(f"{size:,} samples are too few for the covariance of {d:,} features; "
                             "take more by --n, more images, or fewer features by --features")
@@ -430,7 +431,8 @@ def of_samples(args):
         if score and len(args.prompts) < len(images):
             raise UserError(f"{path} has {len(images)} samples, and --prompts has "
                             f"{len(args.prompts)}; name the prompts that they were drawn for")
-        cfg = make_config("folder", data_dir=args.real, image_size=images.shape[2])
+        cfg = replace(make_config("folder", data_dir=args.real, image_size=images.shape[2]),
+                      dataset="captioned")         # whose images are enlarged if they are small
         reference = Reference(cfg, len(images), args.features, device)
         features, scores = [], []
         for i, x in clip.in_blocks(images):

@@ -224,11 +224,12 @@ def checksum(path):
 # --------------------------------------------------------------------------- from file to pixels
 
 
-def decode_image(content, size):
+def decode_image(content, size, enlarge=False):
     """Bytes of an image file -> pixels uint8 (3, size, size): centre crop, Lanczos resize.
 
     It is turned as its EXIF says. Grey, palette, CMYK, 16 bit and float become RGB; transparency
-    becomes white. Raises ValueError if it cannot be read or is smaller than `size`.
+    becomes white. Raises ValueError if it cannot be read, or is smaller than `size` and must not
+    be enlarged.
     """
     try:
         image = Image.open(io.BytesIO(content))
@@ -246,7 +247,7 @@ def decode_image(content, size):
     except Exception as e:                         # Pillow's decoders raise anything on bad bytes
         raise ValueError(f"cannot be read ({first_line(e)})") from e
     side = min(image.size)
-    if side < size:
+    if side < size and not enlarge:
         raise ValueError(f"is {image.width} x {image.height}, smaller than {size} x {size}")
     left, top = (image.width - side) // 2, (image.height - side) // 2
     image = image.resize((size, size), Image.Resampling.LANCZOS,
@@ -266,14 +267,14 @@ def eight_bits(grey):
     return (grey.astype(np.int64) >> (bits - 8)).astype(np.uint8)
 
 
-def decoded(images, size):
+def decoded(images, size, enlarge=False):
     """Yields (name, pixels uint8 (3, size, size) or None, what is wrong or None), in order."""
     warnings.filterwarnings("ignore", module="PIL")    # on damaged EXIF, or very large pictures
 
     def one(item):
         name, read = item
         try:
-            return name, decode_image(read(), size), None
+            return name, decode_image(read(), size, enlarge), None
         except (ValueError, OSError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error) as e:
             return name, None, first_line(e)
 

@@ -385,14 +385,15 @@ class UNetEncoder(nn.Module):
             unet.conv_in, unet.time_proj, unet.time_embedding, unet.down_blocks, unet.mid_block)
 
     def forward(self, z, y):
-        emb, h = self.time_embedding(self.time_proj(z.new_zeros(len(z)))), self.conv_in(z)
+        emb, h = self.time_proj(z.new_zeros(len(z))).to(z.dtype), self.conv_in(z)
+        emb = self.time_embedding(emb)
         for block in self.down_blocks:
             text = {"encoder_hidden_states": y} if hasattr(block, "attentions") else {}
             h, _ = block(h, emb, **text)
         return self.mid_block(h, emb, encoder_hidden_states=y)
 
 
-class UNetDiscriminator(Network):
+class UNetDiscriminator(VelocityNetwork):          # which can save memory
     """D(z, y) -> (B,) logits: the encoder half of Stable Diffusion's UNet, and a small head.
 
     The text y (B, L, D) enters by cross-attention; null (L, D) is the empty one. The head has no

@@ -97,7 +97,7 @@ def found(source):
     for name in ("addition_embed_type", "class_embed_type", "encoder_hid_dim", "in_channels"):
         if config.get(name) not in (None, config["out_channels"]):
             raise UserError(f"{source} holds a UNet of another architecture, such as SDXL's ("
-                            f"{name} is {config[name]}); name one like that of Stable Diffusion 1.5")
+                            f"{name} is {config[name]}); name one like Stable Diffusion 1.5's")
     return folder, kind, config
 
 

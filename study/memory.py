@@ -24,8 +24,8 @@ def parameters(network):
     return sum(p.numel() for p in network.parameters())
 
 
-def activations(network, *inputs):
-    """Bytes that one forward pass keeps for the backward pass, without and with checkpointing."""
+def activations(unet, function):
+    """Bytes that function() keeps for the backward pass, without and with checkpointing."""
     kept = {}
 
     def keep(tensor):
@@ -40,14 +40,14 @@ def activations(network, *inputs):
 
     def total():
         with torch.autograd.graph.saved_tensors_hooks(lambda x: keep(x) or 0, id):
-            network(*inputs)
-        weights = {p.untyped_storage()._cdata for p in network.parameters()}
+            function()
+        weights = {p.untyped_storage()._cdata for p in unet.parameters()}
         size = sum(size for key, (size, _) in kept.items() if key not in weights)
         kept.clear()
-        return size
+        return size / GIB
 
     whole = total()
-    network.enable_gradient_checkpointing(recomputed)
+    unet.enable_gradient_checkpointing(recomputed)
     return whole, total()
 
 
@@ -56,8 +56,8 @@ def rows(theta, disc, head):
     four = {"teacher": 4, "student": 4, "gradients": 4, "Adam": 8, "theta~": 4, "EMA": 4}
     frozen = disc - head
     ways = [
-        ("fp32 weights, D trained", four, 16 * disc),
-        ("the same in bf16 (teacher kept in bf16)", four | {"teacher": 2}, 16 * disc),
+        ("in fp32", four, 16 * disc),
+        ("in bf16", four | {"teacher": 2}, 16 * disc),
         ("--ema-on-cpu --disc-trunk frozen", four | {"teacher": 2, "EMA": 0},
          2 * frozen + 16 * head),
         ("--ema-on-cpu --disc-trunk frozen --adam8bit",
@@ -70,11 +70,15 @@ def rows(theta, disc, head):
 def main(argv=None):
     make_parser(__doc__).parse_args(argv)
     with torch.device("meta"):
-        unet = stable_diffusion()
-        z, t, y = torch.zeros(1, 4, 64, 64), torch.ones(1), torch.zeros(1, 77, 768)
-        disc = model.UNetDiscriminator(stable_diffusion(), torch.zeros(77, 768))
+        unet, half = stable_diffusion(), stable_diffusion().bfloat16().train()
+        disc = model.UNetDiscriminator(unet, torch.zeros(77, 768))
         counts = parameters(unet), parameters(disc), parameters(disc.head)
-        plain, less = activations(unet.bfloat16().train(), *(x.bfloat16() for x in (z, t, y)))
+        z, t, y = (x.bfloat16() for x in (torch.zeros(1, 4, 64, 64), torch.ones(1),
+                                          torch.zeros(1, 77, 768)))
+        student = activations(half, lambda: half(z, t, y))
+        half.disable_gradient_checkpointing()
+        encoder = model.UNetEncoder(half)
+        critic = activations(half, lambda: encoder(z, y))
     print(f"UNet {counts[0]:,} parameters, discriminator {counts[1]:,} (its head {counts[2]:,})\n")
     table = rows(*counts)
     print("| GiB | " + " | ".join([*table[0][1], "sum"]) + " |")
@@ -82,11 +86,13 @@ def main(argv=None):
     for name, parts in table:
         cells = [f"{gib:.1f}" for gib in [*parts.values(), sum(parts.values())]]
         print(f"| {name} | " + " | ".join(cells) + " |")
-    print(f"\nActivations of one sample in bf16: {plain / GIB:.2f} GiB, with --checkpointing "
-          f"{less / GIB:.3f} GiB. The student's\ngraph holds three samples for each one of the "
-          f"batch: a part of 4 samples takes {12 * plain / GIB:.0f} GiB or {12 * less / GIB:.1f} "
-          f"GiB.\nUnder bf16, each call of the student also keeps its weights in bf16: two calls, "
-          f"{4 * counts[0] / GIB:.1f} GiB.")
+    for name, samples, (whole, less) in (("student", 3, student), ("discriminator", 2, critic)):
+        print(f"\n{name}: one sample keeps {whole:.2f} GiB of activations in bf16, {less:.3f} GiB "
+              f"with --checkpointing.\nEach sample of a batch passes {samples} times, so a batch of "
+              f"40 keeps {40 * samples * whole:.0f} GiB or {40 * samples * less:.1f} GiB.")
+    print(f"\nUnder bf16, each call of the student also keeps its weights in bf16: two calls, "
+          f"{4 * counts[0] / GIB:.1f} GiB.\n--grad-accum N divides the activations by N, and leaves "
+          "one call at a time.")
 
 
 if __name__ == "__main__":
