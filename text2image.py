@@ -6,6 +6,7 @@ UNet takes t' = 1000 t and answers v' = data - noise = -v; Stable Diffusion 3 ta
 and answers v' = noise - data = v. A condition y is the embedding of a text, float32 (B, L, D).
 """
 
+from contextlib import suppress
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
@@ -79,18 +80,15 @@ def found(source):
 
     Raises UserError if there is none, or if it takes more than latent, time and text.
     """
-    load, error = library("diffusers").UNet2DConditionModel.load_config, None
-    for folder in ("unet", "transformer", None):
-        if Path(source).is_dir() and not Path(source, folder or "", "config.json").exists():
-            continue
-        try:
-            config = load(source, subfolder=folder)
-            break
-        except (OSError, ValueError) as e:         # no such id, no network, no valid JSON
-            error = error or e
-    else:
-        raise UserError(f"{source} holds no pipeline of Stable Diffusion that can be read"
-                        f"{f' ({first_line(error)})' if error else ''}; {ADVICE}")
+    pipelines, folder = library("diffusers"), None             # of a network alone
+    with suppress(OSError, ValueError):            # ValueError: no valid JSON
+        listed = pipelines.DiffusionPipeline.load_config(source)
+        folder = "transformer" if listed.get("transformer", [None])[0] else "unet"
+    try:
+        config = pipelines.UNet2DConditionModel.load_config(source, subfolder=folder)
+    except (OSError, ValueError) as e:             # no such id, no network, no such file
+        raise UserError(f"{source} holds no pipeline of Stable Diffusion that can be read "
+                        f"({first_line(e)}); {ADVICE}") from e
     kind = config.get("_class_name")
     if kind not in ADAPTERS:
         raise UserError(f"{source} holds a {kind}, not one of {' and '.join(ADAPTERS)}; {ADVICE}")

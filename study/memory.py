@@ -86,13 +86,13 @@ def main(argv=None):
     for name, parts in table:
         cells = [f"{gib:.1f}" for gib in [*parts.values(), sum(parts.values())]]
         print(f"| {name} | " + " | ".join(cells) + " |")
-    for name, samples, (whole, less) in (("student", 3, student), ("discriminator", 2, critic)):
+    for name, times, (whole, less) in (("student", 3, student), ("discriminator", 2, critic)):
         print(f"\n{name}: one sample keeps {whole:.2f} GiB of activations in bf16, {less:.3f} GiB "
-              f"with --checkpointing.\nEach sample of a batch passes {samples} times, so a batch of "
-              f"40 keeps {40 * samples * whole:.0f} GiB or {40 * samples * less:.1f} GiB.")
+              f"with --checkpointing.\nEach sample of a batch passes {times} times, so a batch of "
+              f"40 keeps {40 * times * whole:.0f} GiB or {40 * times * less:.1f} GiB.")
     print(f"\nUnder bf16, each call of the student also keeps its weights in bf16: two calls, "
-          f"{4 * counts[0] / GIB:.1f} GiB.\n--grad-accum N divides the activations by N, and leaves "
-          "one call at a time.")
+          f"{4 * counts[0] / GIB:.1f} GiB.\n--grad-accum N divides the activations by N, and "
+          "leaves one call at a time.")
 
 
 if __name__ == "__main__":

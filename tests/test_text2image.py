@@ -9,6 +9,7 @@ import sys
 import tarfile
 import zipfile
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,6 +28,7 @@ from harness import UserError
 from harness.saved import conditions_of, open_decoder, open_network
 from running import files, gen, half, is_picture, read, refused, rows, same, works
 from test_parallel import all_work, assert_close
+from test_runs import commands_of
 
 for name in ("diffusers", "transformers", "datasets"):
     pytest.importorskip(name, reason=f"text to image needs the package {name}")
@@ -40,6 +42,7 @@ from transformers import (CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcess
                           CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer)
 
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -589,32 +592,51 @@ def test_prompts_come_from_lines_or_pairs():
             clip.read_prompts(name)
 
 
-def test_one_command_each(pipelines, images, small_clip):
-    """Teacher, student, sampling, evaluation: the commands of docs/text-to-image.md, in small."""
-    small = "--device cpu --threads 1 --precision fp32"
+def test_the_commands_of_the_page(pipelines, small_clip):
+    """Every command of docs/text-to-image.md, with other names and flags that make it small."""
+    of_tars(Path("SHARDS")), of_texts(Path("COCO/val2014"))
     Path("prompts.txt").write_text("\n".join(text for _, text in SAMPLES.values()))
     Path("own.py").write_text("def few(x): return x[:, :, ::16, ::16].flatten(1)[:, :5]\n")
+    names = {"XCLiu/2_rectified_flow_from_sd_1_5": f"{pipelines}/sd", "5000": "20", "1024": "64",
+             "haopt/scflow_t2i": f"{pipelines}/sd", "openai/clip-vit-large-patch14": "clip",
+             "stabilityai/stable-diffusion-3-medium-diffusers": f"{pipelines}/sd3"}
+    machine = "--device cpu --threads 1 --precision fp32".split()
+    train = "--steps 2 --batch-size 4 --n-gan 0 --n-bi 0 --image-size 64 --overwrite".split()
+    more = {"train.py": [*train, *machine], "sample.py": ["--n", "20", *machine],
+            "evaluate.py": ["--features", "own:few", *machine]}
+    if not find_spec("bitsandbytes"):
+        names["--adam8bit"] = "--overwrite"
+    printed = []
+    for script, *given in commands_of(ROOT / "docs" / "text-to-image.md"):
+        given = [names.get(word, word) for word in given]
+        if "other.npz" in given:
+            works("sample.py --dataset captioned --nfe 1 --n 20 --npz other.npz", *machine)
+        small = [] if "--resume" in given else more.get(script, [])
+        printed.append(works(script, *given, *small))
+    assert {"teacher.pt", "student.pt", "student_resume.pt", "unet", "transformer"} <= {
+        path.name for path in Path("runs").glob("captioned*/*")}
+
+    # one table for the teacher and its student, and one for samples in both kinds of files
+    table, samples = (text for text in printed if "Frechet" in text)
+    for words in ("teacher, w = 1.5", "student", "CLIP score (clip)", "20 samples against 20",
+                  "centre crop, Lanczos to 64 x 64"):
+        assert words in table
+    assert samples.splitlines()[-2].split("|")[2:] == samples.splitlines()[-1].split("|")[2:]
+
+
+def test_what_measuring_refuses(images, small_clip):
+    np.savez("some.npz", arr_0=np.zeros((4, 64, 64, 3), np.uint8))
+    Path("two.txt").write_text("a cat\na dog")
+    for line, *named in (("some.npz", "--real"), ("two.txt --real images", "two.txt", "arr_0"),
+                         ("some.npz --real images --clip clip --prompts two.txt", "--prompts"),
+                         ("some.npz --real images --clip nobody/clip", "nobody/clip"),
+                         ("some.npz --real images --prompts none.txt", "none.txt")):
+        refused(f"evaluate.py --samples {line}", *named)
+
+
+def test_the_teacher_by_a_command_of_its_own(pipelines, images):
     works(f"teacher.py {RUN} --precision fp32 --teacher-checkpoint {pipelines}/sd")
+    assert read("runs/captioned/teacher.pt")["shape"] == (4, 8, 8)
     works(f"train.py {RUN} --precision fp32 --teacher-checkpoint {pipelines}/sd")
-    assert {"teacher.pt", "student.pt", "unet", "samples.png", "losses.png"} <= {
-        p.name for p in Path("runs/captioned").iterdir()}
-    works(f"sample.py --dataset captioned --prompt 'a red cat' 'a dog' --nfe 1 2 --n 2 {small}")
-    works(f"sample.py --checkpoint {pipelines}/sd --guidance 1.5 --nfe 2 --n 2 {small}")
-    assert is_picture("runs/captioned/samples/student-nfe1-2-seed0.png")
-
-    measure = "--real images --prompts prompts.txt --clip clip --features own:few"
-    printed = works(f"evaluate.py --dataset captioned --nfe 1 2 {measure} {small}")
-    for words in ("teacher", "student", "CLIP score (clip)", "20 samples against 20", "Lanczos"):
-        assert words in printed
-    for name, flag in (("student.npz", "--npz"), ("student", "--png")):
-        works(f"sample.py --dataset captioned --n 20 --nfe 1 {flag} {name} {small} --prompt",
-              *(text for _, text in SAMPLES.values()))
-    printed = works(f"evaluate.py --samples student.npz student {measure} {small}").splitlines()
-    one, two = (line.split("|")[2:] for line in printed[-2:])
-    assert one == two
-
+    assert is_picture("runs/captioned/samples.png") and is_picture("runs/captioned/losses.png")
     refused("evaluate.py --dataset captioned --nfe 1", "--real")
-    refused("evaluate.py --samples student.npz --nfe 1", "--real")
-    refused(f"evaluate.py --samples prompts.txt --real images", "prompts.txt", "arr_0")
-    refused(f"evaluate.py --samples student.npz --real images --clip clip", "--prompts")
-    refused(f"evaluate.py --samples student.npz --real images --clip nobody/clip", "nobody/clip")
