@@ -15,6 +15,7 @@ import json
 import os
 import tarfile
 from collections import deque
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -105,18 +106,25 @@ def source_of(path):
 
 
 def stream(path):
-    """(datasets' IterableDataset, its column of images, its column of captions or None)."""
+    """(datasets' IterableDataset, its column of images, that of captions or None, is it a folder).
+
+    Raises UserError if the files cannot be read, or a column is absent.
+    """
     datasets = latents.hugging_face()
     _, kind, arguments = source_of(path)
-    if kind == "webdataset":                       # or the first five samples decide on the columns
-        with tarfile.open(arguments["data_files"][0]) as file:
-            inside = [m.name.partition(".")[2] for m in file if m.isfile()][:100]
-        image = next((s[1:] for s in SUFFIXES if s[1:] in inside), "jpg")
-        text = datasets.Value("string")
-        arguments["features"] = datasets.Features({image: datasets.Image(decode=False), "txt": text,
-                                                   "__key__": text, "__url__": text})
-    rows = datasets.load_dataset(kind, split="train", streaming=True, **arguments)
-    columns = rows.features
+    try:
+        if kind == "webdataset":                   # or the first five samples decide on the columns
+            with tarfile.open(arguments["data_files"][0], "r|*") as file:
+                inside = [m.name.partition(".")[2] for m in islice(file, 100)]
+            image = next((s[1:] for s in SUFFIXES if s[1:] in inside), "jpg")
+            text = datasets.Value("string")
+            arguments["features"] = datasets.Features({
+                image: datasets.Image(decode=False), "txt": text, "__key__": text, "__url__": text})
+        rows = datasets.load_dataset(kind, split="train", streaming=True, **arguments)
+        columns = rows.features
+    except Exception as e:                         # tarfile's, pyarrow's, the package's own
+        raise UserError(f"{path} cannot be read as captioned images; it may be cut short or "
+                        f"damaged ({first_line(e)}); {ADVICE}") from e
     image = next((name for name, kind in columns.items() if isinstance(kind, datasets.Image)
                   or isinstance(kind, dict) and "bytes" in kind), None)
     if image is None:
@@ -125,7 +133,8 @@ def stream(path):
     if caption is None and kind != "imagefolder":
         raise UserError(f"{path} has no column of captions ({', '.join(columns)}), one of "
                         f"{', '.join(CAPTIONS)}; {ADVICE}")
-    return rows.cast_column(image, datasets.Image(decode=False)), image, caption
+    rows = rows.cast_column(image, datasets.Image(decode=False))
+    return rows, image, caption, kind == "imagefolder" and path.is_dir()
 
 
 def samples(path, start=0):
@@ -134,31 +143,36 @@ def samples(path, start=0):
     The function raises ValueError or OSError if the sample lacks one of the two. Raises UserError
     if the files cannot be read.
     """
-    place, seen = path, set()
+    place, seen, i = path, set(), -1
+    rows, image, column, is_folder = stream(path)
+    first = 0 if is_folder else start              # of a folder all names must have been seen
     try:
-        rows, image, column = stream(path)
-        for i, row in enumerate(rows.skip(start), start):
+        for i, row in enumerate(rows.skip(first), first):
             file = row[image] or {}
             place = row.get("__url__") or path
             name = row.get("__key__") or file.get("path") or f"row {i}"
-            caption = row[column] if column else beside(file["path"])
             seen.add(os.path.realpath(name))
-            yield name, caption, reader(file, caption)
-    except (UserError, GeneratorExit):
+            if i >= start:
+                caption = row[column] if column else beside(file["path"])
+                yield name, caption, reader(file, caption)
+    except GeneratorExit:
         raise
     except Exception as e:                         # tarfile's, pyarrow's, the package's own
         raise UserError(f"{place} cannot be read as captioned images; it may be cut short or "
                         f"damaged ({first_line(e)}); {ADVICE}") from e
-    names, kind, _ = source_of(path)
-    if kind == "imagefolder" and path.is_dir() and not start:
-        seen |= {os.path.splitext(file)[0] for file in seen if not column}
-        for name in names:                         # images that no metadata name, texts of no image
-            file = os.path.realpath(path / name)
-            if name in of_suffix(SUFFIXES, [name]) and file not in seen:
-                yield name, None, reader({}, None)
-            elif not column and name in of_suffix((".txt",), [name]) and (
-                    os.path.splitext(file)[0] not in seen):
-                yield name, "text", reader({}, "text")
+    others = left_over(path, seen, column is None) if is_folder else ()
+    yield from islice(others, max(start - i - 1, 0), None)
+
+
+def left_over(path, seen, texts):
+    """Samples of a folder with an image alone, or a text alone, given the images that were seen."""
+    stems = {os.path.splitext(file)[0] for file in seen}
+    for name in source_of(path)[0]:
+        file = os.path.realpath(path / name)
+        if of_suffix(SUFFIXES, [name]) and file not in seen:
+            yield name, None, reader({}, None)
+        elif texts and of_suffix((".txt",), [name]) and os.path.splitext(file)[0] not in stems:
+            yield name, "text", reader({}, "text")
 
 
 def beside(image):
@@ -242,8 +256,9 @@ def encode(path, codec, file, size):
                     latents.describe(codec.sample(encoded[:, 0, 0].float()), codec.vae.scale)
                 to.seek(0, 2)
                 to.write(encoded.numpy().tobytes())
+            to.flush(), os.fsync(to.fileno())      # before their lines: only these count
             log.writelines(json.dumps(text, ensure_ascii=False) + "\n" for text in texts)
-            to.flush(), log.flush()
+            log.flush()
             done += len(pixels)
             pixels.clear(), texts.clear()
 

@@ -25,7 +25,7 @@ CLASSES = {"8gaussians": 8, "mnist": 10}               # a folder's classes are 
 @dataclass(frozen=True)
 class Config:
     # -- what is learnt
-    dataset: Literal[DATASETS] = "checkerboard"  # the data set; folder: any images of your own
+    dataset: Literal[DATASETS] = "checkerboard"  # folder, captioned: your own images
     seed: int = 0                   # seed of weights, data and noise
     image_size: int = 256           # centre crop, then resize to this many pixels per side
     vae: Literal["sd", "taesd", "taef2", "pipeline"] = "sd"  # autoencoder; taesd is a small sd

@@ -411,6 +411,9 @@ class UNetDiscriminator(VelocityNetwork):          # which can save memory
             nn.Conv2d(unet.config.block_out_channels[-1], 256, 4, stride=2), nn.GroupNorm(32, 256),
             nn.SiLU(), nn.Flatten(), nn.Linear(256 * (side // 2 - 1) ** 2, 1))
 
+    def compile(self, *args, **more):              # of nn.Module: discriminators never are
+        pass
+
     def _apply(self, fn, recurse=True):            # of nn.Module, for .to(device) and the like
         for encoder in self.frozen:
             encoder._apply(fn)

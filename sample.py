@@ -229,6 +229,8 @@ def parse(argv=None):
     how.add_argument("--prompt", nargs="+", metavar="TEXT", help="captions and captioned: what to "
                      "draw, in turn, as 'a red cross left of a blue disc' [examples]; '' is the "
                      "null condition")
+    how.add_argument("--prompts", metavar="FILE", help="the same from a file: one prompt per line, "
+                     "or a .json list of [path, prompt]")
     how.add_argument("--guidance", type=float, metavar="W", help="a conditional teacher: guide it "
                      "(Eq. 3). W = 1 is off; any other W makes --nfe steps of two calls each [1]")
     how.add_argument("--solver", choices=("euler", "heun"), default="euler",
@@ -255,6 +257,9 @@ def parse(argv=None):
         raise UserError("--npz, --png and --trajectory take one --nfe; run them once for each")
     if bool(args.npz) + bool(args.png) + args.trajectory + args.gif > 1:
         raise UserError("use only one of --npz, --png, --trajectory and --gif")
+    if args.prompts:
+        from study.clip import read_prompts        # not above: points need no torchvision
+        args.prompt = read_prompts(args.prompts)
     args.solver = "stochastic" if args.stochastic else args.solver
     return args
 
@@ -329,6 +334,7 @@ def write_raw(args, network, shape, cfg):
     machine.start(device)
     decode = open_decoder(cfg)
     n, nfe = args.n or (50_000 if len(shape) == 1 else 10_000), args.nfe[0]
+    n = args.n or (len(args.prompt) if args.prompts else n)
     batch = args.batch or at_a_time(cfg.dataset)
     each = -(-n // machine.WORLD)
     mine = range(min(machine.RANK * each, n), min((machine.RANK + 1) * each, n))

@@ -165,8 +165,8 @@ def is_pipeline(path):
     path = Path(path)
     if path.is_dir():
         return any(path.glob("config.json")) or any(path.glob("*/config.json"))
-    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path.as_posix())) and not path.exists() and (
-        path.suffix not in (".pt", ".pth"))
+    is_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path.as_posix())
+    return bool(is_id) and not path.parent.exists() and path.suffix not in (".pt", ".pth")
 
 
 def fault_of(content):

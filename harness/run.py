@@ -57,8 +57,11 @@ class Run:
             cfg = self.resumed(cfg, given)
         elif cfg.teacher_checkpoint:
             other = checkpoint.load(cfg.teacher_checkpoint, "teacher", mmap=True)
-            cfg = checkpoint.same_architecture(cfg, given, checkpoint.config_of(other),
-                                               cfg.teacher_checkpoint)
+            saved = checkpoint.config_of(other)
+            cfg = checkpoint.same_architecture(cfg, given, saved, cfg.teacher_checkpoint)
+            if cfg.dataset == saved.dataset == "captioned":
+                # a teacher.pt stands for the pipeline that it came from
+                cfg = replace(cfg, teacher_checkpoint=saved.teacher_checkpoint)
         elif cfg.dataset == "captioned":
             raise UserError("--dataset captioned needs --teacher-checkpoint, a pipeline of Stable "
                             "Diffusion: a folder in diffusers' layout, or an id on the Hugging "
@@ -100,8 +103,9 @@ class Run:
 
     def stage(self, name, **changes):
         """A run inside this one, in a folder of its own, that starts from this run's teacher."""
+        pipeline = self.cfg.teacher_checkpoint if self.cfg.dataset == "captioned" else ""
         cfg = replace(self.cfg, out=str(self.folder / name), resume=False,
-                      teacher_checkpoint=str(self.path("teacher")), **changes)
+                      teacher_checkpoint=pipeline or str(self.path("teacher")), **changes)
         stage = Run(cfg, go_on=not cfg.overwrite)
         stage.home = self.folder                   # to continue, this run is started again
         return stage

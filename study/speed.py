@@ -13,6 +13,7 @@ from torch.utils.benchmark import Timer
 import data
 import sample
 import train
+import vae
 from config import LATENT_SETS
 from harness.machine import choose_device, fast_bf16, wants_bf16
 from harness.script import parse_config, run_script
@@ -32,17 +33,19 @@ def costs(cfg, device):
     teacher = copy_of(velocity_network(cfg, shape))
     net = train.begin(teacher, teacher, cfg, shape, device)
     z0, draws = torch.randn(n, *shape, device=device), data.Draws(0, device=device)
+    y = None if cfg.dataset != "captioned" else torch.randn(n, *teacher.null.shape, device=device)
     late = max(cfg.n_gan, cfg.n_rf, cfg.n_bi)      # all losses are in use from this iteration on
 
     def iteration():
-        train.scflow_step(net, (z0, None), late, cfg, draws)["cd"].item()
+        train.scflow_step(net, (z0, y), late, cfg, draws)["cd"].item()
 
     def sampling():
-        sample.draw(net.ema, shape, n, 1, batch=n, device=device)
+        sample.draw(net.ema, shape, n, 1, batch=n, device=device, y=y)
 
     functions = [("a training iteration", iteration), ("sampling, per network call", sampling)]
     if cfg.dataset in LATENT_SETS:
-        codec = Codec(AUTOENCODERS[cfg.vae][0]().eval().requires_grad_(False), cfg, device)
+        network = vae.of(cfg) if cfg.vae == "pipeline" else AUTOENCODERS[cfg.vae][0]()
+        codec = Codec(network.eval().requires_grad_(False), cfg, device)
         functions.append((f"decoding ({cfg.vae})", lambda: codec.decode(z0)))
     return functions
 

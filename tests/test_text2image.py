@@ -358,6 +358,16 @@ def test_two_processes_compute_what_one_computes(pipelines, images):
     assert all(finite("frozen/log.csv")[0][name] for name in ("cd", "gan", "rf", "bi"))
 
 
+def test_the_baselines(pipelines, images, no_pictures):
+    more = "--precision fp32 --steps 4 --pairs 6 --pair-steps 2"
+    works(f"train.py {RUN} {more} --method reflow-distill --teacher-checkpoint {pipelines}/sd")
+    folder = Path("runs/captioned-reflow-distill")
+    finite(folder / "log.csv")
+    works(f"train.py {RUN} {more} --method cd --teacher-checkpoint {folder}/teacher.pt")
+    assert read("runs/captioned-cd/student.pt")["config"]["teacher_checkpoint"] == (
+        f"{pipelines}/sd")
+
+
 def test_stable_diffusion_3(pipelines, images, no_pictures):
     line = f"train.py {RUN} --precision fp32 --teacher-checkpoint {pipelines}/sd3"
     works(f"{line} --out four --steps 2")
@@ -442,14 +452,16 @@ def encode(path, stop=None):
     captioned.encode(path, codec, Path("latents/some.npy"), 64)
 
 
-def test_an_interrupted_encoding_continues():
-    some = {f"{i:05d}": (picture(i) if i != 20 else b"no image", f"number {i}") for i in range(50)}
-    path = of_texts(Path("images"), some)
+@pytest.mark.parametrize("stop", [40, 248])
+def test_an_interrupted_encoding_continues(stop):
+    some = {f"{i:05d}": (picture(i) if i != 20 else b"no image", f"number {i}")
+            for i in range(250)}
+    path = of_metadata(Path("images"), some | {"99999": (picture(1), None)})
     encode(path)
     whole = {p.name: p.read_bytes() for p in Path("latents").iterdir()}
     shutil.rmtree("latents")
     with pytest.raises(KeyboardInterrupt):
-        encode(path, stop=40)
+        encode(path, stop=stop)
     with open("latents/some.part", "ab") as file:  # a batch that is torn
         file.write(bytes(100))
     with open("latents/some.jsonl.part", "a") as file:
