@@ -115,7 +115,7 @@ def stream(path):
     try:
         if kind == "webdataset":                   # or the first five samples decide on the columns
             with tarfile.open(arguments["data_files"][0], "r|*") as file:
-                inside = [m.name.partition(".")[2] for m in islice(file, 100)]
+                inside = [Path(m.name).name.partition(".")[2] for m in islice(file, 100)]
             image = next((s[1:] for s in SUFFIXES if s[1:] in inside), "jpg")
             text = datasets.Value("string")
             arguments["features"] = datasets.Features({

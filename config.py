@@ -28,7 +28,7 @@ class Config:
     dataset: Literal[DATASETS] = "checkerboard"  # folder, captioned: your own images
     seed: int = 0                   # seed of weights, data and noise
     image_size: int = 256           # centre crop, then resize to this many pixels per side
-    vae: Literal["sd", "taesd", "taef2", "pipeline"] = "sd"  # autoencoder; taesd is a small sd
+    vae: Literal["sd", "taesd", "taef2", "pipeline"] = "sd"  # autoencoder; captioned: pipeline
 
     # -- where it comes from and goes to
     data_dir: str = "data"          # folder (or .zip) of the images, or where they are downloaded
