@@ -61,11 +61,15 @@ class Captioned(latents.Latents):
 
     def __init__(self, path, codec, device, key, source):
         super().__init__(path, codec, device, key)
-        lines = map(json.loads, path.with_suffix(".jsonl").read_text("utf-8").splitlines())
-        self.captions = Prompts(source, [line["text"] for line in lines if "text" in line])
-        if len(self.captions) != self.size:
-            raise UserError(f"{path} has {self.size} images and {len(self.captions)} captions; "
-                            "delete it, and the images are encoded again")
+        file = path.with_suffix(".jsonl")
+        try:
+            lines = [json.loads(line) for line in file.read_text().splitlines()]
+            self.captions = Prompts(source, [line["text"] for line in lines if "text" in line])
+            if len(self.captions) != self.size:
+                raise ValueError(f"{len(self.captions)} captions for {self.size} images")
+        except (OSError, ValueError, TypeError) as e:
+            raise UserError(f"{file} is damaged ({first_line(e)}); delete it and {path}, and the "
+                            "images are encoded again") from e
 
     def batch(self, n, draws):
         """(z0, y): draws of the posterior, float32 (n, C, h, w), and embeddings (n, L, D)."""
@@ -204,7 +208,7 @@ def data_key(cfg, autoencoder=None):
     path = data_path(cfg)
     folder = path if path.is_dir() else path.parent
     lines = [f"{Path(name).name} {checksum(folder / name)}" for name in source_of(path)[0]]
-    lines += [fingerprint(autoencoder or vae.of(cfg)), str(cfg.image_size)]
+    lines += [fingerprint(autoencoder or vae.of(cfg)), str(cfg.image_size), "captioned"]
     return hashlib.sha256("\n".join(lines).encode(errors="surrogatepass")).hexdigest()[:12]
 
 
@@ -247,7 +251,7 @@ def encode(path, codec, file, size):
             waiting.append(caption)
             yield name, read
 
-    with open(rows, "r+b") as to, open(lines, "a", encoding="utf-8") as log:
+    with open(rows, "r+b") as to, open(lines, "a") as log:
         def flush():
             nonlocal done
             if pixels:
@@ -257,7 +261,7 @@ def encode(path, codec, file, size):
                 to.seek(0, 2)
                 to.write(encoded.numpy().tobytes())
             to.flush(), os.fsync(to.fileno())      # before their lines: only these count
-            log.writelines(json.dumps(text, ensure_ascii=False) + "\n" for text in texts)
+            log.writelines(json.dumps(text) + "\n" for text in texts)
             log.flush()
             done += len(pixels)
             pixels.clear(), texts.clear()

@@ -17,6 +17,7 @@ from harness.saved import (at_a_time, conditions_of, find_student, home_of, npz_
 from harness.script import add_field_flags, given_flags, make_parser, run_script
 from losses import expand, interpolate
 from model import Guided
+from study.clip import read_prompts
 
 BLOCK = 256                        # noise is drawn in blocks of this many samples
 MOST_POINTS, MOST_IMAGES = 100_000, 10_000   # that fit into one picture
@@ -258,7 +259,6 @@ def parse(argv=None):
     if bool(args.npz) + bool(args.png) + args.trajectory + args.gif > 1:
         raise UserError("use only one of --npz, --png, --trajectory and --gif")
     if args.prompts:
-        from study.clip import read_prompts        # not above: points need no torchvision
         args.prompt = read_prompts(args.prompts)
     args.solver = "stochastic" if args.stochastic else args.solver
     return args

@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-import latents
 from harness import UserError, first_line
 from harness.hub import library, part
 from harness.pictures import from_uint8, to_uint8
@@ -55,6 +54,7 @@ def read_prompts(file):
 
 def read_samples(path):
     """Samples of a .npz (arr_0, uint8 (n, H, W, 3)) or a folder of images: uint8 (n, 3, H, W)."""
+    import latents                                 # not above: points need no torchvision
     path = Path(path)
     try:
         if path.is_dir():

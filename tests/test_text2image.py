@@ -352,6 +352,7 @@ def test_adam_in_8_bits_resumes_bit_for_bit(pipelines, images, no_pictures):
 def test_two_processes_compute_what_one_computes(pipelines, images):
     line = f"train.py {RUN} --precision fp32 --teacher-checkpoint {pipelines}/sd"
     works(f"{line} --out one")
+    assert is_picture("one/samples.png") and is_picture("one/losses.png")
     all_work(f"{line} --out two")
     assert_close(read("two/student.pt")["ema"], read("one/student.pt")["ema"])
     all_work(f"{line} --out frozen --steps 1 --n-rf 0 --disc-trunk frozen --precision bf16")
@@ -470,6 +471,14 @@ def test_an_interrupted_encoding_continues(stop):
     assert {p.name: p.read_bytes() for p in Path("latents").iterdir()} == whole
 
 
+def test_damaged_captions_are_named(pipelines, images, no_pictures):
+    line = f"train.py {RUN} --precision fp32 --teacher-checkpoint {pipelines}/sd"
+    works(f"{line} --steps 1 --out one")
+    (captions,) = Path("latents").glob("*.jsonl")
+    half(captions)
+    refused(f"{line} --out two", captions.name, "damaged", "delete it")
+
+
 def bad_images():
     for name, what in (("noimage", 0), ("nocaption", 1)):
         some = {key: without(key, what)[key] if int(key) < 3 else SAMPLES[key] for key in SAMPLES}
@@ -522,7 +531,7 @@ BAD = [
 ]
 
 
-def test_bad_input(pipelines):
+def test_bad_input(pipelines, no_pictures):
     bad_images(), bad_pipelines(pipelines)
     works(f"train.py {RUN} --steps 1 --teacher-checkpoint {pipelines}/sd")
     before = files("runs")
@@ -604,8 +613,9 @@ def test_prompts_come_from_lines_or_pairs():
             clip.read_prompts(name)
 
 
-def test_the_commands_of_the_page(pipelines, small_clip):
+def test_the_commands_of_the_page(pipelines, small_clip, monkeypatch):
     """Every command of docs/text-to-image.md, with other names and flags that make it small."""
+    monkeypatch.setattr("harness.run.Run.strips", lambda run, path, dataset: path.touch())
     of_tars(Path("SHARDS")), of_texts(Path("COCO/val2014"))
     Path("prompts.txt").write_text("\n".join(text for _, text in SAMPLES.values()))
     Path("own.py").write_text("def few(x): return x[:, :, ::16, ::16].flatten(1)[:, :5]\n")
@@ -628,6 +638,8 @@ def test_the_commands_of_the_page(pipelines, small_clip):
     assert {"teacher.pt", "student.pt", "student_resume.pt", "unet", "transformer"} <= {
         path.name for path in Path("runs").glob("captioned*/*")}
 
+    refused("evaluate.py --dataset captioned --nfe 1", "--real")
+
     # one table for the teacher and its student, and one for samples in both kinds of files
     table, samples = (text for text in printed if "Frechet" in text)
     for words in ("teacher, w = 1.5", "student", "CLIP score (clip)", "20 samples against 20",
@@ -649,6 +661,3 @@ def test_what_measuring_refuses(images, small_clip):
 def test_the_teacher_by_a_command_of_its_own(pipelines, images):
     works(f"teacher.py {RUN} --precision fp32 --teacher-checkpoint {pipelines}/sd")
     assert read("runs/captioned/teacher.pt")["shape"] == (4, 8, 8)
-    works(f"train.py {RUN} --precision fp32 --teacher-checkpoint {pipelines}/sd")
-    assert is_picture("runs/captioned/samples.png") and is_picture("runs/captioned/losses.png")
-    refused("evaluate.py --dataset captioned --nfe 1", "--real")
