@@ -236,14 +236,13 @@ def open_latents(cfg, device="cpu"):
 def encode(path, codec, file, size):
     """Encodes all images into `file` and their captions into the .jsonl beside it.
 
-    How many there are is not known before the end, so rows are appended. Until all are written both
-    files are named .part; an interrupted encoding continues. Each sample has one line: its name
-    with its text, or with what is wrong. Raises UserError if more than 1 % are wrong.
+    Their number is not known before the end, so rows are appended. Until then both files are named
+    .part, and an interrupted encoding continues. Each sample has a line: its name, and its text or
+    what is wrong. Raises UserError if more than 1 % are wrong.
     """
     rows, lines = file.with_suffix(".part"), file.with_suffix(".jsonl.part")
     start, done, skipped = written(rows, lines, codec.row)
-    print(f"encoding the images of {path} into {file}" + f" from number {start} on" * (start > 0),
-          flush=True)
+    print(f"encoding the images of {path}, from number {start} on, into {file}", flush=True)
     waiting, pixels, texts = deque(), [], []
 
     def files():

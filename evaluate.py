@@ -420,10 +420,29 @@ def prepare(args, cfg, shape, network):
     return reference, settings, sorted({*args.nfe, best})
 
 
+def add_text_flags(parser):
+    """Adds the flags of text to image."""
+    text = parser.add_argument_group("text to image (captioned)")
+    text.add_argument("--prompts", metavar="FILE", help="what to draw, in turn: one prompt per "
+                      "line, or a .json list of [path, prompt]")
+    text.add_argument("--real", metavar="FOLDER", help="the images to compare with")
+    text.add_argument("--clip", metavar="ID_OR_FOLDER", help="also measure the CLIP score, by this "
+                      "CLIPModel of transformers")
+    text.add_argument("--samples", nargs="+", metavar="PATH", help="measure these .npz files or "
+                      "folders of images, in the order of --prompts, instead of checkpoints")
+
+
+def real_folder(args):
+    """--real, which text to image needs; UserError if it was not given."""
+    if not args.real:
+        raise UserError("captioned and --samples are measured against images; name their folder "
+                        "by --real")
+    return args.real
+
+
 def of_samples(args):
     """--samples: one line per .npz or folder, with its distance to --real and its CLIP score."""
-    if not args.real:
-        raise UserError("--samples is measured against real images; name their folder by --real")
+    real = real_folder(args)
     lines, device = [], choose_device(make_config("folder", **given_flags(args, MACHINE)))
     score = clip.Score(args.clip, device) if args.clip else None
     for path in args.samples:
@@ -431,7 +450,7 @@ def of_samples(args):
         if score and len(args.prompts) < len(images):
             raise UserError(f"{path} has {len(images)} samples, and --prompts has "
                             f"{len(args.prompts)}; name the prompts that they were drawn for")
-        cfg = replace(make_config("folder", data_dir=args.real, image_size=images.shape[2]),
+        cfg = replace(make_config("folder", data_dir=real, image_size=images.shape[2]),
                       dataset="captioned")         # whose images are enlarged if they are small
         reference = Reference(cfg, len(images), args.features, device)
         features, scores = [], []
@@ -463,18 +482,11 @@ def main(argv=None):
                        "checkpoints, which are the same run with other seeds")
     group.add_argument("--guidance", type=float, nargs="+", default=[None], metavar="W", help=(
         "conditional teachers: guide them with each of these w (Eq. 3) [1]"))
-    text = parser.add_argument_group("text to image (captioned)")
-    text.add_argument("--prompts", metavar="FILE", help="what to draw, in turn: one prompt per "
-                      "line, or a .json list of [path, prompt]")
-    text.add_argument("--real", metavar="FOLDER", help="the images to compare with")
-    text.add_argument("--clip", metavar="ID_OR_FOLDER", help="also measure the CLIP score, by this "
-                      "CLIPModel of transformers")
-    text.add_argument("--samples", nargs="+", metavar="PATH", help="measure these .npz files or "
-                      "folders of images, in the order of --prompts, instead of checkpoints")
+    add_text_flags(parser)
     args = parse(parser, argv, OPENING, "measure with so many seeds of the noise; the tables show "
                  "medians and half the range [1]", "evaluation beside the checkpoint")
 
-    args.prompts = clip.read_prompts(args.prompts) if args.prompts else ()
+    args.prompts = sample.read_prompts(args.prompts) if args.prompts else ()
     if args.samples:
         return print(of_samples(args))
     paths = [Path(p) for p in args.checkpoint or [sample.find_student(args.dataset)]]
@@ -489,10 +501,7 @@ def main(argv=None):
         raise UserError(f"{paths[0]} was trained on {cfg.dataset}, not on {args.dataset}; leave "
                         "--dataset out")
     if cfg.dataset == "captioned":
-        if not args.real:
-            raise UserError("captioned is measured against images; name their folder by --real")
-        cfg = replace(cfg, data_dir=args.real)
-        args.n = args.n or len(args.prompts) or None
+        cfg, args.n = replace(cfg, data_dir=real_folder(args)), args.n or len(args.prompts) or None
     elif args.real or args.prompts or args.clip:
         raise UserError(f"--real, --prompts and --clip are for captioned, not for {cfg.dataset}")
     elif content.get("data", "") not in ("", data.key(cfg)):

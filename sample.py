@@ -12,12 +12,11 @@ from tqdm import tqdm
 from config import DATASETS, LATENT_DOWNSAMPLING, LATENT_SETS, MACHINE, words
 from harness import UserError, machine, pictures
 from harness.saved import (at_a_time, conditions_of, find_student, home_of, npz_name,
-                           open_decoder, open_network, png_folder, same, save_npz, save_pngs,
-                           unconditional)
+                           open_decoder, open_network, png_folder, read_prompts, same, save_npz,
+                           save_pngs, unconditional)
 from harness.script import add_field_flags, given_flags, make_parser, run_script
 from losses import expand, interpolate
 from model import Guided
-from study.clip import read_prompts
 
 BLOCK = 256                        # noise is drawn in blocks of this many samples
 MOST_POINTS, MOST_IMAGES = 100_000, 10_000   # that fit into one picture
@@ -227,11 +226,9 @@ def parse(argv=None):
                      help="seed of the noise; every NFE starts from the same noise [0]")
     how.add_argument("--class", type=int, nargs="+", dest="classes", metavar="K",
                      help="a conditional network: the classes to draw, in turn [all]")
-    how.add_argument("--prompt", nargs="+", metavar="TEXT", help="captions and captioned: what to "
-                     "draw, in turn, as 'a red cross left of a blue disc' [examples]; '' is the "
-                     "null condition")
-    how.add_argument("--prompts", metavar="FILE", help="the same from a file: one prompt per line, "
-                     "or a .json list of [path, prompt]")
+    how.add_argument("--prompt", nargs="+", metavar="TEXT", help="captions, captioned: what to "
+                     "draw, in turn, as 'a red cross left of a blue disc' [examples]; '' is no condition")
+    how.add_argument("--prompts", metavar="FILE", help="prompts from a file, one per line")
     how.add_argument("--guidance", type=float, metavar="W", help="a conditional teacher: guide it "
                      "(Eq. 3). W = 1 is off; any other W makes --nfe steps of two calls each [1]")
     how.add_argument("--solver", choices=("euler", "heun"), default="euler",
@@ -258,8 +255,7 @@ def parse(argv=None):
         raise UserError("--npz, --png and --trajectory take one --nfe; run them once for each")
     if bool(args.npz) + bool(args.png) + args.trajectory + args.gif > 1:
         raise UserError("use only one of --npz, --png, --trajectory and --gif")
-    if args.prompts:
-        args.prompt = read_prompts(args.prompts)
+    args.prompt = read_prompts(args.prompts) if args.prompts else args.prompt
     args.solver = "stochastic" if args.stochastic else args.solver
     return args
 

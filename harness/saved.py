@@ -1,5 +1,6 @@
 """What runs leave behind, opened for sampling; and files of raw samples."""
 
+import json
 import math
 import os
 import zipfile
@@ -11,7 +12,7 @@ from PIL import Image
 
 import captions
 from config import LATENT_SETS, MACHINE, POINT_SETS, Config
-from harness import UserError, checkpoint, machine
+from harness import UserError, checkpoint, first_line, machine
 from harness.pictures import to_uint8
 from model import copy_of, velocity_network
 
@@ -101,6 +102,23 @@ def at_a_time(dataset):
     if dataset == "captioned":
         return 8
     return 64 if dataset in LATENT_SETS else 1000 if dataset in POINT_SETS else 500
+
+
+def read_prompts(file):
+    """The prompts of a file: one per line, or a JSON list of prompts or of [path, prompt] pairs."""
+    try:
+        text = Path(file).read_text("utf-8")
+        prompts = json.loads(text) if Path(file).suffix == ".json" else text.splitlines()
+        if not isinstance(prompts, list):
+            raise ValueError("it is no list")
+        prompts = [p if isinstance(p, str) else p[1] for p in prompts]
+    except (OSError, ValueError, LookupError, TypeError) as e:
+        raise UserError(f"--prompts {file} cannot be read ({first_line(e)}); it has one prompt per "
+                        "line, or is a .json list of [path, prompt]") from e
+    prompts = [p.strip() for p in prompts if p.strip()]
+    if not prompts:
+        raise UserError(f"--prompts {file} has no prompt; it has one per line")
+    return prompts
 
 
 # ------------------------------------------------------------------------------- raw samples

@@ -1,6 +1,5 @@
-"""Measures for text to image: CLIP score, lists of prompts, and samples that any tool wrote."""
+"""Measures for text to image: CLIP score, and samples that any tool wrote."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -33,23 +32,6 @@ class Score:
                                 padding=True, truncation=True).to(self.device)
         answer = self.model(**inputs)              # its embeddings are normalised
         return {self.name: (answer.image_embeds * answer.text_embeds).sum(1).float().cpu()}
-
-
-def read_prompts(file):
-    """The prompts of a file: one per line, or a JSON list of prompts or of [path, prompt] pairs."""
-    try:
-        text = Path(file).read_text("utf-8")
-        prompts = json.loads(text) if Path(file).suffix == ".json" else text.splitlines()
-        if not isinstance(prompts, list):
-            raise ValueError("it is no list")
-        prompts = [p if isinstance(p, str) else p[1] for p in prompts]
-    except (OSError, ValueError, LookupError, TypeError) as e:
-        raise UserError(f"--prompts {file} cannot be read ({first_line(e)}); it has one prompt per "
-                        "line, or is a .json list of [path, prompt]") from e
-    prompts = [p.strip() for p in prompts if p.strip()]
-    if not prompts:
-        raise UserError(f"--prompts {file} has no prompt; it has one per line")
-    return prompts
 
 
 def read_samples(path):

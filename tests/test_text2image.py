@@ -606,11 +606,11 @@ def test_clip_score_is_a_cosine_and_knows_its_pairs(small_clip):
 def test_prompts_come_from_lines_or_pairs():
     Path("a.txt").write_text("a cat\n\n  a dog \n")
     Path("a.json").write_text('[["1.jpg", "a cat"], ["2.jpg", "a dog"]]')
-    assert clip.read_prompts("a.txt") == clip.read_prompts("a.json") == ["a cat", "a dog"]
+    assert sample.read_prompts("a.txt") == sample.read_prompts("a.json") == ["a cat", "a dog"]
     Path("b.json").write_text('{"no": "list"}')
     for name in ("b.json", "none.txt"):
         with pytest.raises(UserError, match=name):
-            clip.read_prompts(name)
+            sample.read_prompts(name)
 
 
 def test_the_commands_of_the_page(pipelines, small_clip, monkeypatch):
