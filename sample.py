@@ -227,7 +227,7 @@ def parse(argv=None):
     how.add_argument("--class", type=int, nargs="+", dest="classes", metavar="K",
                      help="a conditional network: the classes to draw, in turn [all]")
     how.add_argument("--prompt", nargs="+", metavar="TEXT", help="captions, captioned: what to "
-                     "draw, in turn, as 'a red cross left of a blue disc' [examples]; '' is no condition")
+                     "draw, in turn, as 'a red ring' [examples]; '' is the null condition")
     how.add_argument("--prompts", metavar="FILE", help="prompts from a file, one per line")
     how.add_argument("--guidance", type=float, metavar="W", help="a conditional teacher: guide it "
                      "(Eq. 3). W = 1 is off; any other W makes --nfe steps of two calls each [1]")
