@@ -113,8 +113,8 @@ def begin(teacher, start, cfg, shape, device):
     for network in vars(net).values():
         machine.prepare(network, cfg, device)
     net.teacher = Guided(teacher, cfg.guidance)    # the teacher alone is guided (Eq. 3)
-    if cfg.dataset == "captions":                  # the text encoder stays the teacher's
-        net.student.text.requires_grad_(False)
+    if cfg.dataset == "captions" and cfg.condition == "text":
+        net.student.text.requires_grad_(False)     # the text encoder stays the teacher's
     machine.save_memory(net, cfg)
     net.student, net.disc = machine.share(net.student), machine.share(net.disc)
     adam = package("bitsandbytes").optim.AdamW8bit if cfg.adam8bit else partial(AdamW, fused=True)
