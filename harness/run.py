@@ -337,7 +337,7 @@ class Run:
 
     def preview(self, kind, ema, step):
         if FIRST:
-            if next(ema.parameters()).device != self.device:   # --ema-on-cpu
+            if next(ema.parameters()).device.type != self.device.type:   # --ema-on-cpu
                 ema = copy_of(ema).to(self.device)
             name, nfes = ("", (1, 4)) if kind == "student" else ("teacher_", (4, 16))
             sample.strips(self.folder / f"{name}preview_{step:06d}.png", [(kind, ema, None)],
