@@ -15,7 +15,7 @@ from typing import Literal
 from harness import UserError
 
 POINT_SETS = ("8gaussians", "moons", "checkerboard", "spirals")
-LATENT_SETS = ("celebahq", "folder")                   # images that an autoencoder encodes first
+LATENT_SETS = ("celebahq", "folder", "captioned")      # images that an autoencoder encodes first
 CAPTION_SETS = ("captions", "captions-digits")         # text to image, drawn on the fly
 DATASETS = (*POINT_SETS, "mnist", *CAPTION_SETS, *LATENT_SETS)
 LATENT_DOWNSAMPLING = 8                                # 8 x 8 pixels become one latent position
@@ -26,10 +26,10 @@ CLASSES = {"8gaussians": 8, "mnist": 10}               # a folder's classes are 
 @dataclass(frozen=True)
 class Config:
     # -- what is learnt
-    dataset: Literal[DATASETS] = "checkerboard"  # the data set; folder: any images of your own
+    dataset: Literal[DATASETS] = "checkerboard"  # folder, captioned: your own images
     seed: int = 0                   # seed of weights, data and noise
     image_size: int = 256           # centre crop, then resize to this many pixels per side
-    vae: Literal["sd", "taesd", "taef2"] = "sd"  # autoencoder; taesd: the same latents, far smaller
+    vae: Literal["sd", "taesd", "taef2", "pipeline"] = "sd"  # autoencoder; captioned: pipeline
 
     # -- where it comes from and goes to
     data_dir: str = "data"          # folder (or .zip) of the images, or where they are downloaded
@@ -37,7 +37,7 @@ class Config:
     out: str = ""                   # folder of the run; empty: runs/<dataset>[-<method>]
     resume: bool = False            # continue the run in the folder, with the settings saved there
     overwrite: bool = False         # replace what another run left in the folder
-    teacher_checkpoint: str = ""    # distil from this teacher.pt, or from LFM's model_480.pth
+    teacher_checkpoint: str = ""    # a teacher.pt, LFM's model_480.pth; captioned: a pipeline
     vae_weights: tuple[str, ...] = ()  # the autoencoder's file (two if tiny); empty: download
     latents_dir: str = "latents"    # folder of the encoded latents; several runs may share it
 
@@ -53,6 +53,7 @@ class Config:
     threads: int = 0                # CPU threads; 0: $OMP_NUM_THREADS, or 1 for points, else all
     grad_accum: int = 1             # split each batch into so many parts; less memory, same result
     checkpointing: bool = False     # UNet: recompute activations in the backward pass; less memory
+    ema_on_cpu: bool = False        # keep the average that is sampled from off the GPU
 
     # -- networks: an MLP for points, a UNet for images
     channels: int = 128             # width of the MLP, channels of the UNet's finest level
@@ -84,6 +85,8 @@ class Config:
     betas: tuple[float, ...] = (0.9, 0.999)  # AdamW's two betas for the student
     disc_betas: tuple[float, ...] = (0.0, 0.99)  # AdamW's two betas for the discriminator
     disc_channels: int = 128        # width of the discriminator
+    disc_trunk: Literal["trained", "frozen"] = "trained"  # captioned: the UNet's half in D
+    adam8bit: bool = False          # AdamW with moments of 8 bits, for a GPU (needs bitsandbytes)
     guidance: float = 1.0           # w of the guided teacher (Eq. 3); 1 is off
     t_trunc: float = 0.1            # truncation time of CD (Eq. 8); 0: plain CD, as without GAN
     t_skip: float = 0.1             # longest step of the teacher (Algorithm 2)
@@ -147,6 +150,14 @@ PRESETS["folder"] = LATENTS | dict(data_dir="")
 OFFICIAL = dict(metric="pseudo-huber", huber_c=0.01, truncation="landing", lr=2e-5, disc_lr=1e-4,
                 n_gan=1, n_rf=1001, n_bi=1001)
 
+# Text to image, the paper's second experiment: what the paper says, then the settings of its
+# script. What the paper does not state is taken from the script (learning rates: both).
+PRESETS["captioned"] = LATENTS | dict(
+    data_dir="", image_size=512, vae="pipeline", condition="text", guidance=1.5,
+    batch_size=40, steps=18_000, ema=0.9995, r1=0.0)
+CAPTIONED_OFFICIAL = dict(metric="pseudo-huber", huber_c=0.01, truncation="landing", t_trunc=0.1,
+                          n_gan=500, n_rf=0, n_bi=500)
+
 # networks for latents; the smaller ones learn faster
 MODELS = {
     "paper": dict(channels=256, mult=(1, 2, 2, 2), blocks=2, attention=(3,), heads=4,
@@ -208,7 +219,13 @@ def make_config(dataset=Config.dataset, **given):
     Raises UserError for a value that makes no sense.
     """
     settings = {"dataset": dataset, **PRESETS.get(dataset, {})}
-    if dataset in LATENT_SETS:
+    if dataset == "captioned":
+        if given.get("model"):
+            raise UserError("--model is not for captioned; its network is that of the pipeline "
+                            "which --teacher-checkpoint names")
+        settings["preset"] = given.get("preset") or "official"
+        settings |= CAPTIONED_OFFICIAL if settings["preset"] == "official" else {}
+    elif dataset in LATENT_SETS:
         settings |= dict(model=given.get("model") or "paper", preset=given.get("preset") or "paper")
         if settings["preset"] == "official" and settings["model"] != "paper":
             raise UserError(f"--preset official is for --model paper; --model {settings['model']} "
@@ -227,6 +244,10 @@ def make_config(dataset=Config.dataset, **given):
         if cfg.method == "cd" and given.get("t_trunc"):
             raise UserError("--method cd is plain consistency distillation, not truncated; "
                             "--losses cd with --t-trunc truncates it")
+    if dataset == "captioned":
+        cfg = with_pipeline(cfg)
+    elif cfg.vae == "pipeline":
+        raise UserError("--vae pipeline is the autoencoder of captioned's teacher; name another")
     if cfg.download and dataset != "celebahq":
         raise UserError("--download is for celebahq alone; leave it out")
     if "gan" not in cfg.losses and "t_trunc" not in given:
@@ -240,6 +261,16 @@ def make_config(dataset=Config.dataset, **given):
     return cfg
 
 
+def with_pipeline(cfg):
+    """cfg with the absolute path of its pipeline, if that is a folder; UserError for R1."""
+    if cfg.r1 > 0:
+        raise UserError(f"--r1 {cfg.r1} is not possible for captioned: the attention in its "
+                        "discriminator has no second derivative; leave it out, or set it to 0")
+    if Path(cfg.teacher_checkpoint).is_dir() and cfg.teacher_checkpoint:
+        return replace(cfg, teacher_checkpoint=str(Path(cfg.teacher_checkpoint).absolute()))
+    return cfg
+
+
 def with_classes(cfg):
     """cfg with the number of classes; UserError if condition and guidance do not fit the data."""
     if cfg.condition == "none":
@@ -247,9 +278,10 @@ def with_classes(cfg):
             raise UserError(f"--guidance {cfg.guidance} needs a condition; add --condition class "
                             "(captions: text), or --guidance 1")
         return cfg
-    if (cfg.condition == "text") != (cfg.dataset in CAPTION_SETS):
-        raise UserError(f"--condition {cfg.condition} does not fit {cfg.dataset}; captions and "
-                        "captions-digits have text, the other data sets have classes or nothing")
+    if (cfg.condition == "text") != (cfg.dataset in (*CAPTION_SETS, "captioned")):
+        raise UserError(f"--condition {cfg.condition} does not fit {cfg.dataset}; "
+                        f"{', '.join(CAPTION_SETS)} and captioned have text, the other data sets "
+                        "have classes or nothing")
     if cfg.condition == "class" and cfg.dataset not in CLASSES and cfg.dataset != "folder":
         raise UserError(f"--condition class needs classes, and {cfg.dataset} has none; "
                         f"{', '.join(CLASSES)} and folder have")

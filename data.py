@@ -216,8 +216,11 @@ def load(cfg, device="cpu", train=True):
     elif cfg.dataset == "mnist":
         images, labels = mnist(cfg.data_dir, train)
         dataset = Images(images, device, labels if cfg.condition == "class" else None)
+    elif cfg.dataset == "captioned":
+        import captioned                           # not above: points need no torchvision
+        dataset = captioned.open_latents(cfg, device)
     else:
-        import latents                             # not above: points need no torchvision
+        import latents
         images = latents.open_images(cfg)
         check_batches(cfg, images.size)            # before hours of encoding, not after
         dataset = latents.open_latents(cfg, device, images)
@@ -228,6 +231,8 @@ def load(cfg, device="cpu", train=True):
 def with_classes(cfg):
     """cfg with the number of classes of a folder, or of words, if it is to be conditional."""
     if cfg.condition == "none" or cfg.num_classes:
+        return cfg
+    if cfg.dataset == "captioned":
         return cfg
     if cfg.condition == "text":
         words = (*captions.WORDS, *captions.OBJECTS[cfg.dataset])
@@ -240,7 +245,8 @@ def with_classes(cfg):
 
 def check_batches(cfg, size):
     """UserError if a batch is larger than the data set or cannot be split over the processes."""
-    for name in ("batch_size", "teacher_batch_size"):
+    pretrained = cfg.dataset == "captioned"        # its teacher is a pipeline
+    for name in ("batch_size", *["teacher_batch_size"] * (not pretrained)):
         if size is not None and getattr(cfg, name) > size:
             raise UserError(f"{flag(name)} {getattr(cfg, name)} is larger than the "
                             f"data set, which has {size} samples; choose a smaller one")
@@ -257,11 +263,19 @@ def sample_shape(cfg):
         return (1, 28, 28)
     if cfg.dataset in CAPTION_SETS:
         return captions.Captions.shape
-    return (LATENT_CHANNELS[cfg.vae], *[cfg.image_size // LATENT_DOWNSAMPLING] * 2)
+    if cfg.vae == "pipeline":
+        import text2image
+        channels = text2image.latents_of(cfg.teacher_checkpoint)[0]
+    else:
+        channels = LATENT_CHANNELS[cfg.vae]
+    return (channels, *[cfg.image_size // LATENT_DOWNSAMPLING] * 2)
 
 
 def key(cfg):
     """The key of the data set that the settings name; equal keys mean equal data."""
+    if cfg.dataset == "captioned":
+        import captioned
+        return captioned.data_key(cfg)
     if cfg.dataset in LATENT_SETS:
         import latents
         return latents.data_key(cfg)

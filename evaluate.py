@@ -9,6 +9,7 @@ import math
 import statistics
 import sys
 import time
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -18,14 +19,18 @@ from tqdm import tqdm
 
 import data
 import sample
-from config import CAPTION_SETS, CLASSES, DATASETS, LATENT_SETS, MACHINE, POINT_SETS, identity
+from config import (CAPTION_SETS, CLASSES, DATASETS, LATENT_SETS, MACHINE, POINT_SETS, identity,
+                    make_config)
 from harness import UserError
 from harness.checkpoint import differences, write_text
+from harness.machine import choose_device
 from harness.pictures import from_uint8
 from harness.script import add_field_flags, given_flags, make_parser, run_script
+from study import clip
 from study.features import extractor, mnist_classifier
 
-OPENING = (*MACHINE, "data_dir", "vae_weights")    # settings with which checkpoints are opened
+# settings with which checkpoints are opened
+OPENING = (*MACHINE, "data_dir", "vae_weights", "teacher_checkpoint")
 RIGHT = "as asked: "               # before the names of measures of conditional samples
 WITHIN = "spread within a class"   # another of these measures
 MEASURES = ("distance", "precision", "recall", "consistency", "spread", "per_second")
@@ -149,7 +154,8 @@ def images_in_blocks(cfg):
     """Yields all images of a folder or data set, float32 (BLOCK, 3, H, W) in [-1, 1]."""
     import latents                                 # here, so that points start without torchvision
     images, count = latents.open_images(cfg), 0
-    decoded = tqdm(latents.decoded(images, cfg.image_size), "features of the data", images.size)
+    decoded = latents.decoded(images, cfg.image_size, enlarge=cfg.dataset == "captioned")
+    decoded = tqdm(decoded, "features of the data", images.size)
     pixels = (pixels for _, pixels, _ in decoded if pixels is not None)
     while block := list(islice(pixels, BLOCK)):
         count += len(block)
@@ -188,6 +194,9 @@ class Reference:
         size, d = min(n, len(real)), real.shape[1]
         self.name = f"sliced W2 x 1000, {n:,} points" if self.points else (
             f"Frechet distance on {name}, {n:,} samples against {len(real):,} {kind}")
+        if cfg.dataset == "captioned":
+            self.name += (f" (centre crop, Lanczos to {cfg.image_size} x {cfg.image_size} pixels; "
+                          "FID's Inception resizes to 299 x 299)")
         if not self.points and size <= max(d, 7):  # halves of 4 have 3 neighbours
             raise UserError(f"{size:,} samples are too few for the covariance of {d:,} features; "
                             "take more by --n, more images, or fewer features by --features")
@@ -370,6 +379,10 @@ def networks_of(paths, guidance=(None,), **given):
     _, content, cfg = opened[0]
     settings = ("dataset", "image_size", "vae", "condition", "num_classes",
                 *["data_dir"] * ("data" not in content))
+    if cfg.dataset == "captioned":                 # pipelines come without data
+        settings = settings[:2]
+        for _, other, _ in opened:
+            other["data"] = ""
     for _, other, other_cfg in opened[1:]:
         clash = differences(cfg, other_cfg, settings)
         if clash or content.get("data", "") != other.get("data", ""):
@@ -435,8 +448,60 @@ def prepare(args, cfg, shape, network):
     settings = dict(shape=tuple(shape), n=n, solver=args.solver, device=device,
                     batch=args.batch or sample.at_a_time(cfg.dataset),
                     decode=sample.open_decoder(cfg), y=data.load(cfg).questions(n)
-                    if cfg.condition == "text" else sample.conditions_of(cfg)(n))
-    return Reference(cfg, n, args.features, device), settings, sorted({*args.nfe, best})
+                    if cfg.dataset in CAPTION_SETS else sample.conditions_of(
+                        cfg, prompts=getattr(args, "prompts", ()))(n))
+    reference = Reference(cfg, n, args.features, device)
+    if getattr(args, "clip", None):
+        reference.right = clip.Score(args.clip, device)
+    return reference, settings, sorted({*args.nfe, best})
+
+
+def add_text_flags(parser):
+    """Adds the flags of text to image."""
+    text = parser.add_argument_group("text to image (captioned)")
+    text.add_argument("--prompts", metavar="FILE", help="what to draw, in turn: one prompt per "
+                      "line, or a .json list of [path, prompt]")
+    text.add_argument("--real", metavar="FOLDER", help="the images to compare with")
+    text.add_argument("--clip", metavar="ID_OR_FOLDER", help="also measure the CLIP score, by this "
+                      "CLIPModel of transformers")
+    text.add_argument("--samples", nargs="+", metavar="PATH", help="measure these .npz files or "
+                      "folders of images, in the order of --prompts, instead of checkpoints")
+
+
+def real_folder(args):
+    """--real, which text to image needs; UserError if it was not given."""
+    if not args.real:
+        raise UserError("captioned and --samples are measured against images; name their folder "
+                        "by --real")
+    return args.real
+
+
+def of_samples(args):
+    """--samples: one line per .npz or folder, with its distance to --real and its CLIP score."""
+    real = real_folder(args)
+    lines, device = [], choose_device(make_config("folder", **given_flags(args, MACHINE)))
+    score = clip.Score(args.clip, device) if args.clip else None
+    for path in args.samples:
+        images = clip.read_samples(path)
+        if score and len(args.prompts) < len(images):
+            raise UserError(f"{path} has {len(images)} samples, and --prompts has "
+                            f"{len(args.prompts)}; name the prompts that they were drawn for")
+        cfg = replace(make_config("folder", data_dir=real, image_size=images.shape[2]),
+                      dataset="captioned")         # whose images are enlarged if they are small
+        reference = Reference(cfg, len(images), args.features, device)
+        features, scores = [], []
+        for i, x in clip.in_blocks(images):
+            features.append(reference.features(x))
+            if score:
+                texts = args.prompts[i : i + len(x)]
+                scores += score(x, None, texts)[score.name].tolist()
+        row = reference.compare(torch.cat(features))
+        lines.append([Path(path).name, f"{row['distance']:.1f}", f"{row['precision']:.3f}",
+                      f"{row['recall']:.3f}"])
+        lines[-1] += [f"{100 * statistics.mean(scores):.1f}"] if score else []
+    heads = ["samples", "distance", "precision", "recall"] + (
+        [f"{score.name}, in percent"] if score else [])
+    return f"{reference.name}\n\n{markdown([heads, *lines])}"
 
 
 def main(argv=None):
@@ -453,9 +518,13 @@ def main(argv=None):
                        "checkpoints, which are the same run with other seeds")
     group.add_argument("--guidance", type=float, nargs="+", default=[None], metavar="W", help=(
         "conditional teachers: guide them with each of these w (Eq. 3) [1]"))
+    add_text_flags(parser)
     args = parse(parser, argv, OPENING, "measure with so many seeds of the noise; the tables show "
                  "medians and half the range [1]", "evaluation beside the checkpoint")
 
+    args.prompts = sample.read_prompts(args.prompts) if args.prompts else ()
+    if args.samples:
+        return print(of_samples(args))
     paths = [Path(p) for p in args.checkpoint or [sample.find_student(args.dataset)]]
     teachers, students, content, cfg = networks_of(paths, args.guidance,
                                                    **given_flags(args, OPENING))
@@ -467,7 +536,11 @@ def main(argv=None):
     if args.dataset and cfg.dataset != args.dataset:
         raise UserError(f"{paths[0]} was trained on {cfg.dataset}, not on {args.dataset}; leave "
                         "--dataset out")
-    if content.get("data", "") not in ("", data.key(cfg)):
+    if cfg.dataset == "captioned":
+        cfg, args.n = replace(cfg, data_dir=real_folder(args)), args.n or len(args.prompts) or None
+    elif args.real or args.prompts or args.clip:
+        raise UserError(f"--real, --prompts and --clip are for captioned, not for {cfg.dataset}")
+    elif content.get("data", "") not in ("", data.key(cfg)):
         print(f"{paths[0]} was trained on other data than those in {cfg.data_dir}, which it is "
               "now compared with")
 
@@ -479,7 +552,7 @@ def main(argv=None):
                 rows += measure(name, network, nfes, reference, seed=seed, **settings)
     shown = [row | {"network": "teachers" if row["network"].startswith("teacher") else "students"}
              for row in rows] if args.median else rows
-    write(args.out or sample.folder_of(paths[0]) / "evaluation", cfg.dataset, reference, rows,
+    write(args.out or sample.home_of(paths[0]) / "evaluation", cfg.dataset, reference, rows,
           report(cfg.dataset, reference, shown, args.solver), seed=args.seed, solver=args.solver)
 
 

@@ -31,7 +31,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 import vae
-from config import LATENT_DOWNSAMPLING, LATENT_SETS, MACHINE, make_config
+from config import LATENT_DOWNSAMPLING, MACHINE, make_config
 from harness import UserError, first_line
 from harness.checkpoint import fingerprint, locked, no_room, replacing, write_text
 from harness.machine import FIRST, choose_device, start, wait, wants_bf16
@@ -224,11 +224,12 @@ def checksum(path):
 # --------------------------------------------------------------------------- from file to pixels
 
 
-def decode_image(content, size):
+def decode_image(content, size, enlarge=False):
     """Bytes of an image file -> pixels uint8 (3, size, size): centre crop, Lanczos resize.
 
     It is turned as its EXIF says. Grey, palette, CMYK, 16 bit and float become RGB; transparency
-    becomes white. Raises ValueError if it cannot be read or is smaller than `size`.
+    becomes white. Raises ValueError if it cannot be read, or is smaller than `size` and must not
+    be enlarged.
     """
     try:
         image = Image.open(io.BytesIO(content))
@@ -246,7 +247,7 @@ def decode_image(content, size):
     except Exception as e:                         # Pillow's decoders raise anything on bad bytes
         raise ValueError(f"cannot be read ({first_line(e)})") from e
     side = min(image.size)
-    if side < size:
+    if side < size and not enlarge:
         raise ValueError(f"is {image.width} x {image.height}, smaller than {size} x {size}")
     left, top = (image.width - side) // 2, (image.height - side) // 2
     image = image.resize((size, size), Image.Resampling.LANCZOS,
@@ -266,14 +267,14 @@ def eight_bits(grey):
     return (grey.astype(np.int64) >> (bits - 8)).astype(np.uint8)
 
 
-def decoded(images, size):
+def decoded(images, size, enlarge=False):
     """Yields (name, pixels uint8 (3, size, size) or None, what is wrong or None), in order."""
     warnings.filterwarnings("ignore", module="PIL")    # on damaged EXIF, or very large pictures
 
     def one(item):
         name, read = item
         try:
-            return name, decode_image(read(), size), None
+            return name, decode_image(read(), size, enlarge), None
         except (ValueError, OSError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error) as e:
             return name, None, first_line(e)
 
@@ -297,17 +298,19 @@ class Codec:
         self.sample, self.bf16 = autoencoder.sample, wants_bf16(cfg, self.device)
         side = cfg.image_size // LATENT_DOWNSAMPLING
         planes = 2 if autoencoder.stochastic else 1
-        self.row = (2, planes, autoencoder.channels, side, side)   # of each image
+        views = 1 if cfg.dataset == "captioned" else 2             # captions tell left from right
+        self.row = (views, planes, autoencoder.channels, side, side)   # of each image
         autoencoder.to(device, memory_format=torch.channels_last)
 
     @torch.no_grad()
     def encode(self, pixels):
         """Pixels uint8 (n, 3, H, W) -> moments of images and mirror images, (n, 2, P, C, h, w).
 
-        They are half, on the CPU. Raises UserError if they are not finite.
+        They are half, on the CPU. captioned: of the images alone. Raises UserError if they are not
+        finite.
         """
         x, rows = from_uint8(pixels), []
-        for image in (x, x.flip(-1)):
+        for image in (x, x.flip(-1))[:self.row[0]]:
             moments = self.vae.encode(image.to(self.device, memory_format=torch.channels_last))
             rows.append(torch.stack([m for m in moments if m is not None], dim=1).float().cpu())
         rows = torch.stack(rows, dim=1).half()
@@ -536,7 +539,8 @@ def fidelity(images, latents, size, n):
 
 def main(argv=None):
     parser = make_parser(__doc__)
-    parser.add_argument("--dataset", choices=LATENT_SETS, default="folder", help="[%(default)s]")
+    parser.add_argument("--dataset", choices=("celebahq", "folder"), default="folder",
+                        help="[%(default)s]")
     parser.add_argument("--n", type=int, default=100, help="how many of them are decoded again "
                         "[%(default)s]")
     add_field_flags(parser, (*MACHINE, "data_dir", "download", "image_size", "vae", "vae_weights",

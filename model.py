@@ -376,6 +376,55 @@ class ImageDiscriminator(Network):
         return self.head(F.leaky_relu(self.dense(h), 0.2), y)
 
 
+class UNetEncoder(nn.Module):
+    """The encoder half of Stable Diffusion's UNet, at t = 0: latents and text -> (B, C, h, w)."""
+
+    def __init__(self, unet):
+        super().__init__()
+        self.conv_in, self.time_proj, self.time_embedding, self.down_blocks, self.mid_block = (
+            unet.conv_in, unet.time_proj, unet.time_embedding, unet.down_blocks, unet.mid_block)
+
+    def forward(self, z, y):
+        emb, h = self.time_proj(z.new_zeros(len(z))).to(z.dtype), self.conv_in(z)
+        emb = self.time_embedding(emb)
+        for block in self.down_blocks:
+            text = {"encoder_hidden_states": y} if hasattr(block, "attentions") else {}
+            h, _ = block(h, emb, **text)
+        return self.mid_block(h, emb, encoder_hidden_states=y)
+
+
+class UNetDiscriminator(VelocityNetwork):          # which can save memory
+    """D(z, y) -> (B,) logits: the encoder half of Stable Diffusion's UNet, and a small head.
+
+    The text y (B, L, D) enters by cross-attention; null (L, D) is the empty one. The head has no
+    sigmoid, since the losses have one. At least 4 x 4 positions must be left in the middle of the
+    UNet. A frozen encoder is kept in a list: so it is no parameter of D, and in no checkpoint.
+    """
+
+    def __init__(self, unet, null, trained=True):
+        super().__init__()
+        encoder = UNetEncoder(unet).requires_grad_(trained)
+        self.encoder, self.frozen = (encoder, []) if trained else (None, [encoder])
+        self.register_buffer("null", null)
+        side = unet.config.sample_size // 2 ** (len(unet.down_blocks) - 1)
+        self.head = nn.Sequential(
+            nn.Conv2d(unet.config.block_out_channels[-1], 256, 4, stride=2), nn.GroupNorm(32, 256),
+            nn.SiLU(), nn.Flatten(), nn.Linear(256 * (side // 2 - 1) ** 2, 1))
+
+    def compile(self, *args, **more):              # of nn.Module: discriminators never are
+        pass
+
+    def _apply(self, fn, recurse=True):            # of nn.Module, for .to(device) and the like
+        for encoder in self.frozen:
+            encoder._apply(fn)
+        return super()._apply(fn, recurse)
+
+    def forward(self, z, y=None):
+        y = self.null.expand(len(z), -1, -1) if y is None else y
+        encoder = self.encoder or self.frozen[0]
+        return self.head(encoder(z, y)).squeeze(1)
+
+
 def kaiming(discriminator):
     """Weights that keep the size of activations through LeakyReLUs, since there are no norms."""
     for module in discriminator.modules():
@@ -427,7 +476,9 @@ def with_nulls(y, drop, num_classes):
 @torch.no_grad()
 def ema_update(ema, model, decay):
     """ema <- decay ema + (1 - decay) model, all tensors in one fused call."""
-    get_ema_multi_avg_fn(decay)(list(ema.parameters()), list(model.parameters()), None)
+    averages = list(ema.parameters())
+    weights = [p.to(a.device) for p, a in zip(model.parameters(), averages)]
+    get_ema_multi_avg_fn(decay)(averages, weights, None)
 
 
 def copy_of(network):
@@ -455,6 +506,9 @@ def velocity_network(cfg, shape):
     Raises UserError if the settings make no network for this shape.
     """
     check_network(cfg, shape)
+    if cfg.dataset == "captioned":
+        import text2image                          # not above: it needs optional packages
+        return text2image.velocity(cfg.teacher_checkpoint, weights=False)
     if len(shape) == 1:
         return MLP(shape[0], cfg.channels, cfg.blocks, cfg.time_scale, cfg.num_classes)
     return UNet(shape[0], cfg.channels, cfg.mult, cfg.blocks, cfg.attention, cfg.heads,
@@ -463,7 +517,14 @@ def velocity_network(cfg, shape):
 
 def check_network(cfg, shape):
     """UserError if the settings make no network for samples of `shape`; nothing is built."""
-    if len(shape) == 1:
+    if cfg.dataset == "captioned":
+        import text2image
+        wanted = text2image.latents_of(cfg.teacher_checkpoint)
+        if tuple(shape) != wanted:
+            raise UserError(f"{cfg.teacher_checkpoint} takes latents of shape {wanted}, and "
+                            f"--vae {cfg.vae} --image-size {cfg.image_size} make {tuple(shape)}; "
+                            f"use --image-size {LATENT_DOWNSAMPLING * wanted[1]}")
+    if len(shape) == 1 or cfg.dataset == "captioned":
         return
     divisor = cfg.patch_size * 2 ** (len(cfg.mult) - 1)
     widths = [m * cfg.channels for m in cfg.mult]
@@ -486,7 +547,16 @@ def check_network(cfg, shape):
 
 
 def discriminator(cfg, shape):
-    """The discriminator for samples of `shape`."""
+    """The discriminator for samples of `shape`.
+
+    captioned: made of the pipeline's UNet; a transformer has no encoder half, so the plain one.
+    """
+    if cfg.dataset == "captioned":
+        import text2image
+        network = text2image.velocity(cfg.teacher_checkpoint)
+        if hasattr(network.inner, "down_blocks"):
+            network.checkpointing = cfg.checkpointing
+            return UNetDiscriminator(network.inner, network.null, cfg.disc_trunk == "trained")
     if len(shape) == 1:
         return kaiming(PointDiscriminator(shape[0], cfg.disc_channels, cfg.num_classes))
     return kaiming(ImageDiscriminator(shape, cfg.disc_channels, cfg.patch_size,

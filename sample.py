@@ -13,8 +13,9 @@ from tqdm import tqdm
 import captions
 from config import DATASETS, LATENT_DOWNSAMPLING, LATENT_SETS, MACHINE, words
 from harness import UserError, machine, pictures
-from harness.saved import (at_a_time, conditions_of, find_student, folder_of, npz_name,
-                           open_decoder, open_network, same, save_npz, unconditional)
+from harness.saved import (at_a_time, conditions_of, examples, find_student, home_of, npz_name,
+                           open_decoder, open_network, png_folder, read_prompts, same, save_npz,
+                           save_pngs, unconditional)
 from harness.script import add_field_flags, given_flags, make_parser, run_script
 from losses import expand, interpolate
 from model import Guided
@@ -160,12 +161,16 @@ def strips(path, networks, shape, nfes, seed=0, device="cpu", solver="euler", da
     return pictures.grid(path, rows, heads, title)
 
 
-def by_prompt(path, prompts, columns, shape, seed=0, device="cpu", solver="euler", title=None,
-              dataset="captions"):
-    """One row per prompt; columns are [(head, network, steps, number of its first noise), ...]."""
-    y = captions.tokens(prompts, dataset)
-    cells = [draw(network, shape, len(y), steps, seed, solver, device=device, first=first, y=y)
-             for _, network, steps, first in columns]
+def by_prompt(path, cfg, columns, shape, prompts=(), seed=0, device="cpu", solver="euler",
+              title=None, decode=same):
+    """One row per prompt; columns are [(head, network, steps, number of its first noise), ...].
+
+    Without prompts these are the examples of cfg's data set.
+    """
+    prompts = prompts or examples(cfg)
+    y = conditions_of(cfg, prompts=prompts)(len(prompts))
+    cells = [decode(draw(network, shape, len(prompts), steps, seed, solver, device=device,
+                         first=first, y=y)) for _, network, steps, first in columns]
     rows = [("\n".join(textwrap.wrap(prompt, 20)) or "(empty)", "student", row)
             for prompt, row in zip(prompts, zip(*cells))]
     return pictures.grid(path, rows, [head for head, *_ in columns], title)
@@ -211,7 +216,7 @@ def check_flags(args, **least):
             if value is not None and not low <= value < 2**31:
                 raise UserError(f"--{name} {value} makes no sense; it must be at least {low}, and "
                                 "below 2^31")
-    for name in ("checkpoint", "npz", "out"):
+    for name in ("checkpoint", "npz", "png", "out"):
         names = getattr(args, name, None)
         if names == "" or isinstance(names, list) and "" in names:
             raise UserError(f"--{name} takes the name of a file, not an empty text")
@@ -223,8 +228,9 @@ def check_flags(args, **least):
 def parse(argv=None):
     parser = make_parser(__doc__)
     what = parser.add_argument_group("what is sampled")
-    what.add_argument("--checkpoint", metavar="FILE", help="student.pt, teacher.pt or a resume "
-                      "state [the newest student in runs/]")
+    what.add_argument("--checkpoint", metavar="FILE", help="student.pt, teacher.pt, a resume "
+                      "state, or a pipeline of Stable Diffusion: a folder or an id on the Hugging "
+                      "Face hub [the newest student in runs/]")
     what.add_argument("--dataset", choices=DATASETS, help="the newest student of this data set")
     what.add_argument("--teacher", action=argparse.BooleanOptionalAction, help="sample the "
                       "teacher.pt beside the student. --trajectory shows both, unless one is "
@@ -237,8 +243,9 @@ def parse(argv=None):
                      help="seed of the noise; every NFE starts from the same noise [0]")
     how.add_argument("--class", type=int, nargs="+", dest="classes", metavar="K",
                      help="a conditional network: the classes to draw, in turn [all]")
-    how.add_argument("--prompt", nargs="+", metavar="TEXT", help="captions: what to draw, in turn, "
-                     "as 'a red cross left of a blue disc' [examples]; '' is the null condition")
+    how.add_argument("--prompt", nargs="+", metavar="TEXT", help="captions, captioned: what to "
+                     "draw, in turn, as 'a red ring' [examples]; '' is the null condition")
+    how.add_argument("--prompts", metavar="FILE", help="prompts from a file, one per line")
     how.add_argument("--guidance", type=float, metavar="W", help="a conditional teacher: guide it "
                      "(Eq. 3). W = 1 is off; any other W makes --nfe steps of two calls each [1]")
     how.add_argument("--solver", choices=("euler", "heun"), default="euler",
@@ -253,17 +260,19 @@ def parse(argv=None):
     output.add_argument("--gif", action="store_true", help="points: a film of teacher (50 NFE) and "
                         "student (1, 2, 4 NFE); --nfe is ignored")
     output.add_argument("--npz", metavar="FILE", help="raw samples, arr_0, instead of a picture")
+    output.add_argument("--png", metavar="FOLDER", help="each sample as a .png of its own")
     output.add_argument("--out", metavar="FILE", help="the picture [samples/ beside the "
                         "checkpoint]")
-    add_field_flags(parser, (*MACHINE, "vae_weights"))
+    add_field_flags(parser, (*MACHINE, "vae_weights", "teacher_checkpoint"))
     args = parser.parse_args(argv)
     check_flags(args, nfe=1, n=1, batch=1, seed=0)
     if args.stochastic and args.solver == "heun":
         raise UserError("--stochastic and --solver heun exclude each other; leave one out")
-    if (args.npz or args.trajectory) and len(args.nfe) > 1:
-        raise UserError("--npz and --trajectory take one --nfe; run them once for each")
-    if bool(args.npz) + args.trajectory + args.gif > 1:
-        raise UserError("use only one of --npz, --trajectory and --gif")
+    if (args.npz or args.png or args.trajectory) and len(args.nfe) > 1:
+        raise UserError("--npz, --png and --trajectory take one --nfe; run them once for each")
+    if bool(args.npz) + bool(args.png) + args.trajectory + args.gif > 1:
+        raise UserError("use only one of --npz, --png, --trajectory and --gif")
+    args.prompt = read_prompts(args.prompts) if args.prompts else args.prompt
     args.solver = "stochastic" if args.stochastic else args.solver
     return args
 
@@ -272,12 +281,13 @@ def main(argv=None):
     args = parse(argv)
     dataset = args.dataset or (captions.dataset_of(args.prompt) if args.prompt else None)
     student = Path(args.checkpoint or find_student(dataset))
+    home = home_of(student)
     teacher = student.parent / "teacher.pt"
     files = [teacher] if args.teacher else [student]
     both = args.trajectory and args.teacher is None and teacher.exists() and teacher != student
     if both or args.gif:
         files = [teacher, student]
-    given = given_flags(args, (*MACHINE, "vae_weights"))
+    given = given_flags(args, (*MACHINE, "vae_weights", "teacher_checkpoint"))
     opened = [open_network(file, **given) for file in files]
     networks = [(content["kind"].split()[0], with_guidance(network, content, cfg, args.guidance))
                 for network, content, cfg in opened]
@@ -286,10 +296,10 @@ def main(argv=None):
         raise UserError(f"{student} was trained on {cfg.dataset}, not on {args.dataset}; "
                         "leave --dataset out")
     check_conditions(args, cfg)
-    if args.npz:
-        written = write_npz(args, networks[-1][1], tuple(content["shape"]), cfg)
+    if args.npz or args.png:
+        written = write_raw(args, networks[-1][1], tuple(content["shape"]), cfg)
     elif machine.FIRST:                            # one process draws a picture
-        written = write_picture(args, networks, tuple(content["shape"]), cfg, folder_of(student))
+        written = write_picture(args, networks, tuple(content["shape"]), cfg, home)
     if machine.FIRST:
         print(f"wrote {written}   from {', '.join(map(str, files))}")
 
@@ -328,12 +338,16 @@ def check_conditions(args, cfg):
                             f"{cfg.num_classes - 1}")
 
 
-def write_npz(args, network, shape, cfg):
-    """--npz: args.n raw samples, shared by the processes; returns what was written, in words."""
-    file, device = npz_name(args.npz), next(network.parameters()).device
+def write_raw(args, network, shape, cfg):
+    """--npz, --png: args.n samples, shared by the processes; returns what was written, in words."""
+    file, device = npz_name(args.npz) if args.npz else None, next(network.parameters()).device
+    if args.png and len(shape) == 1:
+        raise UserError("--png is for images; --npz FILE writes points")
+    folder = png_folder(args.png) if args.png and machine.FIRST else Path(args.png or "")
     machine.start(device)
     decode = open_decoder(cfg)
     n, nfe = args.n or (50_000 if len(shape) == 1 else 10_000), args.nfe[0]
+    n = args.n or (len(args.prompt) if args.prompts else n)
     batch = args.batch or at_a_time(cfg.dataset)
     each = -(-n // machine.WORLD)
     mine = range(min(machine.RANK * each, n), min((machine.RANK + 1) * each, n))
@@ -346,8 +360,12 @@ def write_npz(args, network, shape, cfg):
                                  first=i, y=None if y is None else y[i : i + size]))
 
     size = LATENT_DOWNSAMPLING * shape[-1]
-    save_npz(file, batches(), n, shape if decode is same else (3, size, size))
-    return f"{file}: {n} samples, {nfe * calls(network)} NFE, {args.solver},"
+    if args.png:
+        machine.wait()
+        save_pngs(folder, batches())
+    else:
+        save_npz(file, batches(), n, shape if decode is same else (3, size, size))
+    return f"{file or folder}: {n} samples, {nfe * calls(network)} NFE, {args.solver},"
 
 
 def write_picture(args, networks, shape, cfg, folder):
@@ -378,16 +396,16 @@ def write_picture(args, networks, shape, cfg, folder):
         return trajectory(out, networks, shape, nfe, args.seed, device, args.solver, title, decode,
                           conditions)
     if cfg.condition == "text":                    # one row per prompt
-        prompts = (args.prompt or captions.EXAMPLES[cfg.dataset])[:args.n]
+        prompts = (args.prompt or examples(cfg))[:args.n]
         if len(args.nfe) > 1:
             columns = [(f"{k * calls(network)} NFE", network, k, 0) for k in args.nfe]
         else:
-            each = -(-args.n // len(prompts)) if args.n else 8     # pictures per prompt
+            each = -(-args.n // len(prompts)) if args.n else 4 if latent else 8    # per prompt
             columns = [("", network, nfe, j * len(prompts)) for j in range(each)]
             title = f"{nfe * calls(network)} NFE, {title}"
         title = f"{name}, {title}"
-        return by_prompt(out, prompts, columns, shape, args.seed, device, args.solver, title,
-                         cfg.dataset)
+        return by_prompt(out, cfg, columns, shape, prompts, args.seed, device, args.solver, title,
+                         decode)
     if len(args.nfe) > 1:
         return strips(out, [(name, network, None)], shape, args.nfe, args.seed, device, args.solver,
                       title=title, columns=args.n or (8 if latent else 10), decode=decode,

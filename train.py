@@ -4,6 +4,7 @@ phi is the teacher, theta the student, and theta~ the moving average of theta th
 Samples are drawn from a second, slower average. If there is no teacher yet, it is trained.
 """
 
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -11,6 +12,7 @@ from torch.optim import AdamW
 
 from data import Draws
 from harness import machine
+from harness.hub import package
 from harness.run import Run
 from harness.script import parse_config, run_script
 from losses import (bidirectional_loss, consistency_loss, discriminator_loss, expand,
@@ -111,12 +113,13 @@ def begin(teacher, start, cfg, shape, device):
     for network in vars(net).values():
         machine.prepare(network, cfg, device)
     net.teacher = Guided(teacher, cfg.guidance)    # the teacher alone is guided (Eq. 3)
-    if cfg.condition == "text":                    # the text encoder stays the teacher's
-        net.student.text.requires_grad_(False)
+    if getattr(net.student, "text", None):
+        net.student.text.requires_grad_(False)     # the text encoder stays the teacher's
+    machine.save_memory(net, cfg)
     net.student, net.disc = machine.share(net.student), machine.share(net.disc)
-    net.opt = AdamW(net.student.parameters(), cfg.lr, cfg.betas, weight_decay=0.0, fused=True)
-    net.opt_disc = AdamW(net.disc.parameters(), cfg.disc_lr, cfg.disc_betas, weight_decay=0.0,
-                         fused=True)
+    adam = package("bitsandbytes").optim.AdamW8bit if cfg.adam8bit else partial(AdamW, fused=True)
+    net.opt = adam(net.student.parameters(), cfg.lr, cfg.betas, weight_decay=0.0)
+    net.opt_disc = adam(net.disc.parameters(), cfg.disc_lr, cfg.disc_betas, weight_decay=0.0)
     return net
 
 

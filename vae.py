@@ -23,6 +23,7 @@ from torchvision.models import Weights, WeightsEnum
 
 from harness import UserError, first_line
 from harness.checkpoint import load_weights
+from harness.hub import library, part
 from harness.machine import FIRST, wait
 
 
@@ -229,7 +230,37 @@ AUTOENCODERS = {                   # name: (how to build it, its published files
 }
 
 
+class PipelineAutoencoder(nn.Module):
+    """The autoencoder of a pipeline of Stable Diffusion, with the methods of those above."""
+
+    stochastic = True
+
+    def __init__(self, source):
+        super().__init__()
+        self.vae = part(library("diffusers").AutoencoderKL, source, "vae", low_cpu_mem_usage=False)
+        self.channels, self.scale = self.vae.config.latent_channels, self.vae.config.scaling_factor
+        self.shift = self.vae.config.shift_factor or 0.0
+
+    def encode(self, x):
+        posterior = self.vae.encode(x).latent_dist
+        return posterior.mean, posterior.logvar
+
+    def sample(self, mean, logvar=None, noise=None):
+        z = mean if noise is None else mean + (logvar / 2).exp() * noise
+        return self.scale * (z - self.shift)
+
+    def decode(self, z0):
+        return self.vae.decode(z0 / self.scale + self.shift).sample
+
+
 # --------------------------------------------------------------------------- reading weight files
+
+
+def of(cfg):
+    """The frozen autoencoder that the settings name."""
+    if cfg.vae == "pipeline":
+        return PipelineAutoencoder(cfg.teacher_checkpoint)
+    return load(cfg.vae, cfg.vae_weights)
 
 
 def load(name="sd", files=()):
@@ -244,11 +275,11 @@ def load(name="sd", files=()):
         raise UserError(f"--vae {name} takes {len(published)} --vae-weights, not {len(files)}: "
                         f"{originals}")
     weights = {}
-    for part in [read(f) for f in files] or [fetch(w) for w in published]:
+    for state in [read(f) for f in files] or [fetch(w) for w in published]:
         # what DistributedDataParallel and torch.compile put before a name
-        part = {re.sub(r"^((module|_orig_mod)\.)+", "", key): value for key, value in part.items()
-                if isinstance(key, str) and torch.is_tensor(value)}
-        weights |= (sd_names if name == "sd" else tiny_names)(part)
+        state = {re.sub(r"^((module|_orig_mod)\.)+", "", key): value for key, value in state.items()
+                 if isinstance(key, str) and torch.is_tensor(value)}
+        weights |= (sd_names if name == "sd" else tiny_names)(state)
 
     vae = build()
     try:

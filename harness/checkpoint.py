@@ -7,6 +7,7 @@ A checkpoint is a dict of tensors and plain values: "scflow" (the version of thi
 
 import hashlib
 import os
+import re
 import shutil
 import socket
 import warnings
@@ -113,12 +114,17 @@ def no_room(folder, need, what, advice):
 # --------------------------------------------------------------------------------------- reading
 
 
-def load(path, kind=None, device="cpu", mmap=False):
+def load(path, kind=None, device="cpu", mmap=False, pipeline=""):
     """Reads a checkpoint of ours, or of the official code; `kind` is one name, a tuple or None.
 
-    With mmap, tensors are read from disk only when they are used. Raises UserError if the file is
-    missing, damaged, not ours, of another kind, or does not hold what its kind must.
+    A pipeline of Stable Diffusion counts as a teacher; if it is a network alone, `pipeline` names
+    the rest of it. With mmap, tensors are read from disk only when they are used (of pipelines
+    they are left out). Raises UserError if the file is missing, damaged, not ours, of another
+    kind, or does not hold what its kind must.
     """
+    if is_pipeline(path):
+        import text2image                          # not above: it needs optional packages
+        return text2image.content(str(path), pipeline, weights=not mmap)
     path = Path(path)
     if not path.is_file():
         hint = ("; train.py --help says where the official teacher, model_480.pth, is"
@@ -152,6 +158,15 @@ def load(path, kind=None, device="cpu", mmap=False):
     if kinds and content["kind"] not in kinds:
         raise UserError(f"{path} holds a {content['kind']}; a {' or '.join(kinds)} is needed")
     return content
+
+
+def is_pipeline(path):
+    """Whether a path is a folder in diffusers' layout, or else could be an id on the hub."""
+    path = Path(path)
+    if path.is_dir():
+        return any(path.glob("config.json")) or any(path.glob("*/config.json"))
+    is_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path.as_posix())
+    return bool(is_id) and not path.parent.exists() and path.suffix not in (".pt", ".pth")
 
 
 def fault_of(content):
@@ -239,7 +254,8 @@ def load_state(part, state, path):
         return load_weights(part, state, path)
     parameters = [p for group in part.param_groups for p in group["params"]]
     try:
-        for i, moments in state["state"].items():
+        # bitsandbytes' AdamW has moments of another form, and compares them itself
+        for i, moments in state["state"].items() if isinstance(part, torch.optim.AdamW) else ():
             fits = alike(moments["step"], torch.tensor(0.0)) and all(
                 alike(moments[name], parameters[i]) for name in ("exp_avg", "exp_avg_sq"))
             if not fits:
@@ -270,5 +286,6 @@ def fingerprint(network):
     """12 hexadecimal digits that change with any weight: a part of the key of what it makes."""
     digest = hashlib.sha256()
     for key, value in sorted(network.state_dict().items()):
-        digest.update(key.encode() + value.cpu().contiguous().numpy().tobytes())
+        value = value.cpu().contiguous().flatten().view(torch.uint8)       # NumPy has no bf16
+        digest.update(key.encode() + value.numpy().tobytes())
     return digest.hexdigest()[:12]

@@ -14,15 +14,15 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
-import captions
 import data
 import sample
-from config import CIRCUMSTANCES, LATENT_SETS, MACHINE, identity, run_dir
+from config import CAPTION_SETS, CIRCUMSTANCES, LATENT_SETS, MACHINE, identity, run_dir
 from harness import UserError, checkpoint, machine, pictures
+from harness.hub import package
 from harness.log import Interrupt, Log, curves, read_rows
 from harness.machine import FIRST
 from harness.saved import conditions_of, open_network
-from model import check_network, velocity_network
+from model import check_network, copy_of, velocity_network
 
 ANEW = "--overwrite starts anew, another --out keeps both"
 
@@ -57,8 +57,17 @@ class Run:
             cfg = self.resumed(cfg, given)
         elif cfg.teacher_checkpoint:
             other = checkpoint.load(cfg.teacher_checkpoint, "teacher", mmap=True)
-            cfg = checkpoint.same_architecture(cfg, given, checkpoint.config_of(other),
-                                               cfg.teacher_checkpoint)
+            saved = checkpoint.config_of(other)
+            cfg = checkpoint.same_architecture(cfg, given, saved, cfg.teacher_checkpoint)
+            if cfg.dataset == saved.dataset == "captioned":
+                # a teacher.pt stands for the pipeline that it came from
+                cfg = replace(cfg, teacher_checkpoint=saved.teacher_checkpoint)
+        elif cfg.dataset == "captioned":
+            raise UserError("--dataset captioned needs --teacher-checkpoint, a pipeline of Stable "
+                            "Diffusion: a folder in diffusers' layout, or an id on the Hugging "
+                            "Face hub, as XCLiu/2_rectified_flow_from_sd_1_5")
+        if cfg.adam8bit:
+            package("bitsandbytes")                # if it is absent, now and not after the encoding
         self.cfg = cfg = data.with_classes(cfg)
         self.shape = data.sample_shape(cfg)
         check_network(cfg, self.shape)             # before anything is encoded or trained
@@ -94,8 +103,9 @@ class Run:
 
     def stage(self, name, **changes):
         """A run inside this one, in a folder of its own, that starts from this run's teacher."""
+        pipeline = self.cfg.teacher_checkpoint if self.cfg.dataset == "captioned" else ""
         cfg = replace(self.cfg, out=str(self.folder / name), resume=False,
-                      teacher_checkpoint=str(self.path("teacher")), **changes)
+                      teacher_checkpoint=pipeline or str(self.path("teacher")), **changes)
         stage = Run(cfg, go_on=not cfg.overwrite)
         stage.home = self.folder                   # to continue, this run is started again
         return stage
@@ -255,6 +265,8 @@ class Run:
             if checkpoint.differences(older, saved, identity(cfg, "teacher")):
                 raise UserError(f"{own} is another teacher than {path}; --overwrite replaces it, "
                                 "another --out keeps both")
+        if cfg.overwrite:
+            self.dataset                           # may fail, so it is opened before files go
         self.discard_older()
         more = {name: content[name] for name in ("data", "seconds") if name in content}
         checkpoint.save(own, "teacher", saved, content["shape"], content["step"],
@@ -310,7 +322,7 @@ class Run:
             if FIRST:
                 self.logfile(kind).unlink(missing_ok=True)   # of an older run
             return 0, 0.0
-        content = checkpoint.load(path, f"{kind} resume", self.device)
+        content = checkpoint.load(path, f"{kind} resume")      # not on the GPU, which may be full
         if content.get("data", self.dataset.key) != self.dataset.key:
             raise UserError(f"{path} was trained on other data: {content['data']} (these are "
                             f"{self.dataset.key}); name the same data, or another --out")
@@ -325,6 +337,8 @@ class Run:
 
     def preview(self, kind, ema, step):
         if FIRST:
+            if next(ema.parameters()).device.type != self.device.type:   # --ema-on-cpu
+                ema = copy_of(ema).to(self.device)
             name, nfes = ("", (1, 4)) if kind == "student" else ("teacher_", (4, 16))
             sample.strips(self.folder / f"{name}preview_{step:06d}.png", [(kind, ema, None)],
                           self.shape, nfes, device=self.device, decode=self.dataset.decode,
@@ -339,6 +353,8 @@ class Run:
                 picture.unlink()
         checkpoint.save(self.path(kind), kind, self.cfg, self.shape, steps, ema=ema.state_dict(),
                         data=self.dataset.key, seconds=time.perf_counter() - self.begun)
+        if FIRST and self.cfg.dataset == "captioned":
+            ema.save(self.folder)                  # for every tool that reads diffusers' layout
         self.pictures(kind)
         self.begun = time.perf_counter()           # of the student, after its teacher
         return self.path(kind)
@@ -370,13 +386,12 @@ class Run:
                     for kind, nfes in (("teacher", many), ("student", few))]
         shown = min(4000 if points else 10, dataset.size or 4000)
         draws = data.Draws(self.cfg.seed, stream=1, device=self.device, rank=0, world=1)
-        if self.cfg.condition == "text":
+        if self.cfg.dataset in CAPTION_SETS and self.cfg.condition == "text":
             phi, theta = (network for _, network, _ in networks)
             guided = ("teacher\nw = 3\n100 NFE", sample.Guided(phi, 3.0), 50, 0)
             columns = [("teacher\nw = 1\n50 NFE", phi, 50, 0), *[guided] * (self.cfg.p_null > 0),
                        *((f"student\n\n{k} NFE", theta, k, 0) for k in (1, 2, 4))]
-            sample.by_prompt(path, captions.EXAMPLES[self.cfg.dataset], columns, self.shape,
-                             self.cfg.seed, self.device, dataset=self.cfg.dataset)
+            sample.by_prompt(path, self.cfg, columns, self.shape, device=self.device)
             return
         w = self.cfg.guidance
         title = f"the student learnt the guided path, w = {w:g}; the teacher has w = 1"

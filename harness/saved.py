@@ -1,5 +1,6 @@
 """What runs leave behind, opened for sampling; and files of raw samples."""
 
+import json
 import math
 import os
 import zipfile
@@ -7,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 import captions
 from config import LATENT_SETS, MACHINE, POINT_SETS, Config
-from harness import UserError, checkpoint, machine
+from harness import UserError, checkpoint, first_line, machine
 from harness.pictures import to_uint8
 from model import copy_of, velocity_network
 
@@ -47,9 +49,14 @@ def find_student(dataset=None):
                     "or name one by --checkpoint")
 
 
-def folder_of(file):
-    """The folder for what is made with a checkpoint: its own, but not the repository's weights/."""
+def home_of(file):
+    """The folder for what is made with a checkpoint: its own.
+
+    Of pipelines and of the repository's weights/ it is one in runs/.
+    """
     folder = Path(file).parent
+    if checkpoint.is_pipeline(file):
+        return Path("runs", Path(file).name)
     return Path("runs/weights", folder.name) if folder.parent == SHIPPED else folder
 
 
@@ -59,7 +66,8 @@ def open_network(file, **given):
     cfg are the settings of the checkpoint. Those of the machine come from `given` instead, or are
     the defaults; `given` may also hold vae_weights and data_dir.
     """
-    content = checkpoint.load(file, ("teacher", "student", "teacher resume", "student resume"))
+    content = checkpoint.load(file, ("teacher", "student", "teacher resume", "student resume"),
+                              pipeline=given.get("teacher_checkpoint", ""))
     here = {name: getattr(Config, name) for name in (*MACHINE, "compile", "grad_accum")}
     cfg = checkpoint.config_of(content, **here | given)
     device = machine.choose_device(cfg)
@@ -74,12 +82,20 @@ def open_decoder(cfg):
         return same
     import latents                                 # not above: points need no torchvision
     import vae
-    return latents.Codec(vae.load(cfg.vae, cfg.vae_weights), cfg, machine.choose_device(cfg)).decode
+    return latents.Codec(vae.of(cfg), cfg, machine.choose_device(cfg)).decode
 
 
 def unconditional(n):
     """The conditions of n samples of an unconditional network: none."""
     return None
+
+
+def examples(cfg):
+    """Prompts for the text to image that cfg names."""
+    if cfg.dataset == "captioned":
+        import captioned
+        return captioned.EXAMPLES
+    return captions.EXAMPLES[cfg.dataset]
 
 
 def conditions_of(cfg, classes=(), prompts=()):
@@ -90,8 +106,11 @@ def conditions_of(cfg, classes=(), prompts=()):
     """
     if cfg.condition == "none":
         return unconditional
-    if cfg.condition == "text":
-        chosen = captions.tokens(prompts or captions.EXAMPLES[cfg.dataset], cfg.dataset)
+    if cfg.dataset == "captioned":
+        import captioned
+        chosen = captioned.Prompts(cfg.teacher_checkpoint, list(prompts or examples(cfg)))
+    elif cfg.condition == "text":
+        chosen = captions.tokens(prompts or examples(cfg), cfg.dataset)
     else:
         chosen = torch.tensor(classes or range(cfg.num_classes))
     return lambda n: chosen[torch.arange(n) % len(chosen)]
@@ -100,7 +119,26 @@ def conditions_of(cfg, classes=(), prompts=()):
 def at_a_time(dataset):
     """Default batch size of sampling: large for points, small for latents, whose decoder needs
     memory."""
+    if dataset == "captioned":
+        return 8
     return 64 if dataset in LATENT_SETS else 1000 if dataset in POINT_SETS else 500
+
+
+def read_prompts(file):
+    """The prompts of a file: one per line, or a JSON list of prompts or of [path, prompt] pairs."""
+    try:
+        text = Path(file).read_text("utf-8")
+        prompts = json.loads(text) if Path(file).suffix == ".json" else text.splitlines()
+        if not isinstance(prompts, list):
+            raise ValueError("it is no list")
+        prompts = [p if isinstance(p, str) else p[1] for p in prompts]
+    except (OSError, ValueError, LookupError, TypeError) as e:
+        raise UserError(f"--prompts {file} cannot be read ({first_line(e)}); it has one prompt per "
+                        "line, or is a .json list of [path, prompt]") from e
+    prompts = [p.strip() for p in prompts if p.strip()]
+    if not prompts:
+        raise UserError(f"--prompts {file} has no prompt; it has one per line")
+    return prompts
 
 
 # ------------------------------------------------------------------------------- raw samples
@@ -136,6 +174,24 @@ def save_npz(file, batches, n, shape):
     finally:
         if machine.FIRST and part.is_file():
             part.unlink()
+
+
+def save_pngs(folder, batches):
+    """Writes images as FOLDER/000000.png and so on; `batches` as for save_npz."""
+    for start, images in batches:
+        for i, pixels in enumerate(to_uint8(images), start):
+            array = pixels.permute(1, 2, 0).numpy()
+            Image.fromarray(array.squeeze(-1) if array.shape[2] == 1 else array).save(
+                folder / f"{i:06d}.png")
+
+
+def png_folder(name):
+    """A folder for PNG files, made if need be; UserError if it already holds something."""
+    folder = Path(name)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} exists and is no empty folder; name another by --png")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def npz_name(name):

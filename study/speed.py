@@ -13,6 +13,7 @@ from torch.utils.benchmark import Timer
 import data
 import sample
 import train
+import vae
 from config import CAPTION_SETS, LATENT_SETS
 from harness.machine import choose_device, fast_bf16, wants_bf16
 from harness.saved import conditions_of
@@ -34,6 +35,8 @@ def costs(cfg, device):
     net = train.begin(teacher, teacher, cfg, shape, device)
     z0, draws = torch.randn(n, *shape, device=device), data.Draws(0, device=device)
     y = conditions_of(cfg)(n) if cfg.num_classes else None
+    if cfg.dataset == "captioned":
+        y = torch.randn(n, *teacher.null.shape, device=device)
     late = max(cfg.n_gan, cfg.n_rf, cfg.n_bi)      # all losses are in use from this iteration on
 
     def iteration():
@@ -44,7 +47,8 @@ def costs(cfg, device):
 
     functions = [("a training iteration", iteration), ("sampling, per network call", sampling)]
     if cfg.dataset in LATENT_SETS:
-        codec = Codec(AUTOENCODERS[cfg.vae][0]().eval().requires_grad_(False), cfg, device)
+        network = vae.of(cfg) if cfg.vae == "pipeline" else AUTOENCODERS[cfg.vae][0]()
+        codec = Codec(network.eval().requires_grad_(False), cfg, device)
         functions.append((f"decoding ({cfg.vae})", lambda: codec.decode(z0)))
     return functions
 

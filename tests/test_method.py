@@ -25,8 +25,8 @@ import losses
 import model
 import sample
 import train
-from config import (CIRCUMSTANCES, LATENT_SETS, MODELS, PRESETS, Config, field_comments, identity,
-                    make_config, section)
+from config import (CAPTIONED_OFFICIAL, CIRCUMSTANCES, LATENT_SETS, MODELS, PRESETS, Config,
+                    field_comments, identity, make_config, section)
 from harness import UserError
 from harness.script import Parser, add_field_flags
 from study import oversaturation
@@ -789,7 +789,9 @@ def test_presets_hold_what_differs_and_flags_win():
     for dataset, preset in PRESETS.items():
         cfg = make_config(dataset)
         assert cfg.dataset == dataset and preset.keys() <= names
-        if dataset in LATENT_SETS:
+        if dataset == "captioned":
+            preset = preset | CAPTIONED_OFFICIAL | dict(preset="official")
+        elif dataset in LATENT_SETS:
             folder = preset["data_dir"] and str(Path(preset["data_dir"]).resolve())
             preset = preset | MODELS["paper"] | dict(model="paper", preset="paper", data_dir=folder)
         for f in fields(Config):

@@ -29,7 +29,9 @@ REPO = Path(__file__).resolve().parent.parent
 
 # processes are forked from one that has imported the slow packages, but nothing of this project
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["torch", "torchvision", "torch.distributed", "matplotlib.pyplot"])
+FORKS.set_forkserver_preload(["torch", "torchvision", "torch.distributed", "matplotlib.pyplot",
+                              "transformers.models.clip.modeling_clip", "datasets",
+                              "diffusers.models.unets.unet_2d_condition"])   # if they are there
 CHILD = """
 import os, runpy, sys
 os.environ.update({env!r})

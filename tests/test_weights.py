@@ -1,4 +1,4 @@
-"""The students in weights/: small, opened in a folder without runs, and as good as they should be."""
+"""The students in weights/: small, opened where nothing was trained, as good as they should be."""
 
 import pytest
 import torch

@@ -1,0 +1,45 @@
+"""Optional packages, and networks of theirs in a folder or on the Hugging Face hub."""
+
+import importlib
+
+from torch import nn
+
+from harness import UserError, first_line
+
+ADVICE = ("name a folder in diffusers' layout, or the id of one on the Hugging Face hub, which "
+          "must be in reach or in its cache")
+
+
+def package(name):
+    """An optional package; UserError if it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as e:
+        raise UserError(f"this needs the package {name}; install it by pip install {name}") from e
+
+
+def library(name):
+    """The package diffusers or transformers, without its warnings and progress bars."""
+    logging = package(name).utils.logging
+    logging.set_verbosity_error(), logging.disable_progress_bar()
+    return package(name)
+
+
+def part(kind, source, folder, **more):
+    """A part of a pipeline by from_pretrained, frozen, in float32; UserError if that fails.
+
+    kind is a class of diffusers or transformers, source a folder or an id on the hub, and folder
+    the part's place in it.
+    """
+    more |= {"subfolder": folder} if folder else {}
+    more |= {"output_loading_info": True} if issubclass(kind, nn.Module) else {}
+    try:
+        made = kind.from_pretrained(source, **more)
+    except Exception as e:                         # no network, no such id, a damaged file
+        raise UserError(f"the {folder or 'network'} of {source} cannot be loaded "
+                        f"({first_line(e)}); {ADVICE}") from e
+    made, info = made if isinstance(made, tuple) else (made, {})
+    if lacking := sorted(info.get("missing_keys", ())):
+        raise UserError(f"the {folder or 'network'} of {source} lacks {len(lacking)} tensors "
+                        f"(first: {lacking[0]}); download it again")
+    return made.float().eval().requires_grad_(False) if isinstance(made, nn.Module) else made
