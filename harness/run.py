@@ -124,7 +124,7 @@ class Run:
         """The saved settings of the run that --resume continues.
 
         Flags about the machine, the folders or the length may change; any other that differs is a
-        UserError.
+        UserError. captioned: --teacher-checkpoint may name the new place of the pipeline.
         """
         if cfg.overwrite:
             raise UserError("--resume continues a run and --overwrite starts anew; leave one out")
@@ -133,10 +133,11 @@ class Run:
             raise UserError(f"there is nothing to resume in {self.folder}; leave --resume out to "
                             "start")
         file = self.resume_file(kinds[0])
-        if "teacher_checkpoint" in given and kinds[0] == "student":
+        saved = checkpoint.config_of(checkpoint.load(file, f"{kinds[0]} resume", mmap=True))
+        moved = saved.dataset == "captioned" and checkpoint.is_pipeline(cfg.teacher_checkpoint)
+        if "teacher_checkpoint" in given and kinds[0] == "student" and not moved:
             raise UserError(f"{file} continues with the teacher that it started from; leave "
                             "--teacher-checkpoint out")
-        saved = checkpoint.config_of(checkpoint.load(file, f"{kinds[0]} resume", mmap=True))
         free = [*CIRCUMSTANCES]
         if kinds[0] == "teacher":
             free.append("teacher_steps")
@@ -381,7 +382,8 @@ class Run:
             return
         points = len(self.shape) == 1
         few, many = ((1, 2, 4, 8, 16),) * 2 if points else ((1, 2, 4, 8), (1, 2, 4, 8, 50))
-        settings = {name: getattr(self.cfg, name) for name in MACHINE}
+        moved = ["teacher_checkpoint"] * (self.cfg.dataset == "captioned")     # the pipeline
+        settings = {name: getattr(self.cfg, name) for name in (*MACHINE, *moved)}
         networks = [(kind, open_network(self.path(kind), **settings)[0], nfes)
                     for kind, nfes in (("teacher", many), ("student", few))]
         shown = min(4000 if points else 10, dataset.size or 4000)
