@@ -352,10 +352,10 @@ class Run:
         for picture in self.picture_paths(kind):   # or a kill would leave a shorter run's pictures
             if FIRST and picture.is_file():
                 picture.unlink()
-        checkpoint.save(self.path(kind), kind, self.cfg, self.shape, steps, ema=ema.state_dict(),
-                        data=self.dataset.key, seconds=time.perf_counter() - self.begun)
         if FIRST and self.cfg.dataset == "captioned":
             ema.save(self.folder)                  # for every tool that reads diffusers' layout
+        checkpoint.save(self.path(kind), kind, self.cfg, self.shape, steps, ema=ema.state_dict(),
+                        data=self.dataset.key, seconds=time.perf_counter() - self.begun)
         self.pictures(kind)
         self.begun = time.perf_counter()           # of the student, after its teacher
         return self.path(kind)

@@ -4,11 +4,13 @@ import copy
 import csv
 import io
 import json
+import re
 import shutil
 import sys
 import tarfile
 import zipfile
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,6 +35,7 @@ for name in ("diffusers", "transformers", "datasets"):
     pytest.importorskip(name, reason=f"text to image needs the package {name}")
 
 import captioned
+import datasets
 import text2image
 from study import clip, memory
 from diffusers import (AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel,
@@ -69,18 +72,10 @@ def text_config(words, width=32):
                           eos_token_id=words - 1)
 
 
-def autoencoder(channels=4):
+def autoencoder():
     return AutoencoderKL(block_out_channels=(8, 8, 8, 8), norm_num_groups=4, layers_per_block=1,
-                         down_block_types=("DownEncoderBlock2D",) * 4,
-                         up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=channels,
-                         sample_size=64)
-
-
-def unet(**more):
-    return UNet2DConditionModel(**dict(
-        sample_size=8, block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=32,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), attention_head_dim=4) | more)
+                         down_block_types=("DownEncoderBlock2D",) * 4, sample_size=64,
+                         up_block_types=("UpDecoderBlock2D",) * 4)
 
 
 @pytest.fixture(scope="session")
@@ -91,9 +86,13 @@ def pipelines(tmp_path_factory):
         patch.chdir(folder)
         torch.manual_seed(0)
         words = tokenizer()
+        unet = UNet2DConditionModel(
+            sample_size=8, block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=32,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), attention_head_dim=4,
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))
         StableDiffusionPipeline(
             vae=autoencoder(), text_encoder=CLIPTextModel(text_config(len(words))), tokenizer=words,
-            unet=unet(), scheduler=FlowMatchEulerDiscreteScheduler(), safety_checker=None,
+            unet=unet, scheduler=FlowMatchEulerDiscreteScheduler(), safety_checker=None,
             feature_extractor=None, requires_safety_checker=False).save_pretrained("sd")
         encoders = [CLIPTextModelWithProjection(text_config(len(words), w)) for w in (16, 32)]
         transformer = SD3Transformer2DModel(
@@ -123,8 +122,6 @@ SAMPLES = {f"{i:05d}": (picture(i), f"picture number {i}, of noise") for i in ra
 
 def of_tars(folder, some=SAMPLES):
     """Two shards of img2dataset, with the tables that it writes beside them."""
-    import pyarrow
-    import pyarrow.parquet
     folder.mkdir()
     keys = [*some]
     for shard, part in enumerate((keys[:9], keys[9:])):
@@ -137,8 +134,8 @@ def of_tars(folder, some=SAMPLES):
                         entry = tarfile.TarInfo(f"{key}.{suffix}")
                         entry.size = len(content)
                         archive.addfile(entry, io.BytesIO(content))
-        table = pyarrow.table({"url": part, "caption": ["not this one"] * len(part)})
-        pyarrow.parquet.write_table(table, folder / f"{shard:05d}.parquet")
+        table = datasets.Dataset.from_dict({"url": part, "caption": ["not this one"] * len(part)})
+        table.to_parquet(folder / f"{shard:05d}.parquet")
     return folder
 
 
@@ -166,10 +163,6 @@ def of_metadata(folder, some=SAMPLES, kind="jsonl"):
     return folder
 
 
-def of_csv(folder, some=SAMPLES):
-    return of_metadata(folder, some, "csv")
-
-
 def of_zip(folder, some=SAMPLES):
     inside = of_metadata(folder.with_name("inside"), some)
     path = folder.with_suffix(".zip")
@@ -180,19 +173,14 @@ def of_zip(folder, some=SAMPLES):
 
 
 def of_parquet(folder, some=SAMPLES):
-    import pyarrow
-    import pyarrow.parquet
-    folder.mkdir()
-    table = pyarrow.table({"image": [{"bytes": image, "path": None} for image, _ in some.values()],
-                           "caption": [text for _, text in some.values()]})
-    pyarrow.parquet.write_table(table, folder / "train-0.parquet")
+    images = [{"bytes": image, "path": None} for image, _ in some.values()]
+    datasets.Dataset.from_dict({"image": images, "caption": [text for _, text in some.values()]}
+                               ).to_parquet(folder / "train-0.parquet")
     return folder
 
 
-LAYOUTS = (of_tars, of_texts, of_metadata, of_csv, of_zip, of_parquet)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [of_tars, of_texts, of_metadata, of_zip, of_parquet,
+                                    partial(of_metadata, kind="csv")])
 def test_all_layouts_give_the_same_images_and_captions(layout):
     path = layout(Path("images"))
     found = [(text, get()) for _, text, get in captioned.samples(path)]
@@ -318,8 +306,13 @@ def finite(log):
     return lines
 
 
-@pytest.mark.parametrize("flags", ["--precision fp32", "--precision bf16 --disc-trunk frozen",
-                                   "--precision fp32 --preset paper --checkpointing --n-rf 0"])
+EIGHT = pytest.mark.skipif(not find_spec("bitsandbytes"), reason="needs the package bitsandbytes")
+
+
+@pytest.mark.parametrize("flags", [
+    "--precision fp32", "--precision bf16 --disc-trunk frozen",
+    "--precision fp32 --preset paper --checkpointing --n-rf 0", pytest.param(
+        "--precision bf16 --adam8bit --ema-on-cpu --disc-trunk frozen", marks=EIGHT)])
 def test_four_losses_resumed_bit_for_bit(pipelines, images, no_pictures, flags):
     line = f"train.py {RUN} {flags} --teacher-checkpoint {pipelines}/sd"
     works(f"{line} --out whole")
@@ -332,18 +325,7 @@ def test_four_losses_resumed_bit_for_bit(pipelines, images, no_pictures, flags):
     assert same(read("whole/student.pt")["ema"], read("parts/student.pt")["ema"])
     teacher, name = read("whole/teacher.pt")["ema"], "inner.conv_in.weight"
     assert not torch.equal(teacher[name], whole["student"][name])
-
-
-def test_adam_in_8_bits_resumes_bit_for_bit(pipelines, images, no_pictures):
-    pytest.importorskip("bitsandbytes", reason="--adam8bit needs the package bitsandbytes")
-    line = f"train.py {RUN} --precision bf16 --adam8bit --ema-on-cpu --disc-trunk frozen"
-    works(f"{line} --teacher-checkpoint {pipelines}/sd --out whole")
-    works(f"{line} --teacher-checkpoint {pipelines}/sd --out parts --steps 2")
-    works("train.py --dataset captioned --out parts --resume --steps 4")
-    whole, parts = (read(f"{out}/student_resume.pt") for out in ("whole", "parts"))
-    assert all(same(whole[name], parts[name]) for name in WEIGHTS)
-    first = whole["opt"]["state"][0]["__bnb_optimizer_quant_state__"]["state1"]
-    assert finite("whole/log.csv") and first.dtype in (torch.uint8, torch.float32)
+    assert ("8bit" in flags) == ("__bnb_optimizer_quant_state__" in whole["opt"]["state"][0])
 
 
 def test_two_processes_compute_what_one_computes(pipelines, images):
@@ -378,18 +360,6 @@ def test_stable_diffusion_3(pipelines, images, no_pictures):
     works("sample.py --checkpoint fgm/student.pt --prompt 'a cat' --nfe 1 --n 2 --out cat.png")
 
 
-class Flow(FlowMatchEulerDiscreteScheduler):
-    """What diffusers' StableDiffusionPipeline needs to sample a rectified flow of InstaFlow."""
-
-    init_noise_sigma = 1.0
-
-    def scale_model_input(self, sample, t):
-        return sample
-
-    def step(self, velocity, *others, **more):
-        return super().step(-velocity, *others, **more)
-
-
 def test_a_student_is_one_of_diffusers_too(pipelines, images, no_pictures):
     works(f"train.py {RUN} --precision fp32 --teacher-checkpoint {pipelines}/sd --out run")
     line = "sample.py --prompt 'a red cat' --nfe 1 --n 2 --seed 5 --precision fp32 --checkpoint"
@@ -399,11 +369,14 @@ def test_a_student_is_one_of_diffusers_too(pipelines, images, no_pictures):
     assert (np.stack([plt.imread(p) for p in sorted(Path("theirs").iterdir())]) * 255 == ours).all()
     refused(f"{line} run/unet", "run/unet", "--teacher-checkpoint")
 
-    pipe = StableDiffusionPipeline.from_pretrained(
-        pipelines / "sd", unet=UNet2DConditionModel.from_pretrained("run/unet"), scheduler=Flow())
-    noise = sample.noise((4, 8, 8), 2, seed=5)
-    theirs = pipe(["a red cat"] * 2, latents=noise, num_inference_steps=1, guidance_scale=1.0,
-                  output_type="pt").images
+    # the code of docs/text-to-image.md
+    page = (ROOT / "docs" / "text-to-image.md").read_text()
+    code = re.search(r"```python\n(.*)image = .*?```", page, re.S)[1].replace(
+        "runs/captioned", "run").replace("XCLiu/2_rectified_flow_from_sd_1_5", f"{pipelines}/sd")
+    exec(code, names := {kind.__name__: kind for kind in (
+        FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel)})
+    theirs = names["pipe"](["a red cat"] * 2, latents=sample.noise((4, 8, 8), 2, seed=5),
+                           num_inference_steps=1, guidance_scale=1.0, output_type="pt").images
     network, _, cfg = open_network("run/student.pt", device="cpu", threads=1, precision="fp32")
     y = conditions_of(cfg, prompts=["a red cat"])(2)
     z0 = sample.draw(network, (4, 8, 8), 2, 1, seed=5, y=y)
@@ -578,8 +551,13 @@ def test_what_sampling_refuses_and_says(pipelines, images, no_pictures):
     content["config"]["teacher_checkpoint"] = "/gone/sd"
     torch.save(content, "run/moved.pt")
     line = "sample.py --checkpoint run/moved.pt --nfe 1 --n 2 --out moved.png"
-    refused(line, "/gone/sd")
+    refused(line, "/gone/sd", "--teacher-checkpoint")
     works(f"{line} --teacher-checkpoint {pipelines}/sd")
+    for flags, *named in (("--teacher-checkpoint ''", "--teacher-checkpoint"),
+                          ("--prompts ''", "--prompts"), ("--prompt a --prompts b", "exclude"),
+                          ("--teacher-checkpoint nowhere", "nowhere", "hub")):
+        refused(f"{line} {flags}", *named)
+    refused("sample.py --checkpoint images --nfe 1", "images", "unet/config.json")
 
 
 # ------------------------------------------------------------------------------------ evaluation
@@ -617,7 +595,9 @@ def test_prompts_come_from_lines_or_pairs():
     Path("a.json").write_text('[["1.jpg", "a cat"], ["2.jpg", "a dog"]]')
     assert sample.read_prompts("a.txt") == sample.read_prompts("a.json") == ["a cat", "a dog"]
     Path("b.json").write_text('{"no": "list"}')
-    for name in ("b.json", "none.txt"):
+    Path("c.json").write_text('[["1.jpg", ["a cat"]]]')
+    Path("d.txt").write_text("\n \n"), Path("e.txt").write_bytes(b"gr\xfcn")
+    for name in ("b.json", "c.json", "d.txt", "e.txt", "none.txt"):
         with pytest.raises(UserError, match=name):
             sample.read_prompts(name)
 
@@ -659,12 +639,26 @@ def test_the_commands_of_the_page(pipelines, small_clip, monkeypatch):
 
 def test_what_measuring_refuses(images, small_clip):
     np.savez("some.npz", arr_0=np.zeros((4, 64, 64, 3), np.uint8))
-    Path("two.txt").write_text("a cat\na dog")
+    Path("empty").mkdir()
+    Path("two.txt").write_text("a cat\na dog"), Path("own.py").write_text("few = len")
     for line, *named in (("some.npz", "--real"), ("two.txt --real images", "two.txt", "arr_0"),
                          ("some.npz --real images --clip clip --prompts two.txt", "--prompts"),
                          ("some.npz --real images --clip nobody/clip", "nobody/clip"),
+                         ("some.npz --real empty --features own:few", "empty holds", "--real"),
                          ("some.npz --real images --prompts none.txt", "none.txt")):
         refused(f"evaluate.py --samples {line}", *named)
+
+
+def test_a_run_goes_on_when_its_pipeline_has_moved(pipelines, images, no_pictures):
+    shutil.copytree(pipelines / "sd", "here")
+    works(f"train.py {RUN} --precision fp32 --steps 1 --teacher-checkpoint here --out run")
+    Path("here").rename("there")
+    text2image.found.cache_clear(), text2image.texts_of.cache_clear()
+    line = "train.py --dataset captioned --out run --resume --steps 2"
+    refused(line, "here", "--teacher-checkpoint")
+    refused(f"{line} --teacher-checkpoint run/teacher.pt", "leave --teacher-checkpoint out")
+    works(f"{line} --teacher-checkpoint there")
+    assert read("run/student.pt")["config"]["teacher_checkpoint"] == str(Path("there").absolute())
 
 
 def test_the_teacher_by_a_command_of_its_own(pipelines, images):
