@@ -62,17 +62,17 @@ def source_of(path):
     """
     if not path.exists():
         raise UserError(f"there is no {path}; {ADVICE}")
-    folder, names = (path, files_in(path)) if path.is_dir() else (path.parent, [path.name])
-    images = of_suffix(SUFFIXES, names) if path.is_dir() else ()
+    files = [path / name for name in files_in(path)] if path.is_dir() else [path]
+    images = of_suffix(SUFFIXES, files) if path.is_dir() else ()
     for suffix, kind in ((".tar", "webdataset"), (".zip", "imagefolder"), (".parquet", "parquet")):
-        some = of_suffix((suffix,), names)
+        some = of_suffix((suffix,), files)
         if some and not (images and kind == "parquet"):
             more = {"drop_labels": True} if kind == "imagefolder" else {}
-            return some, kind, {"data_files": [str(folder / name) for name in some], **more}
+            return some, kind, {"data_files": [str(file) for file in some], **more}
     if not images:
         raise UserError(f"{path} holds no captioned images; {ADVICE}")
-    texts = of_suffix((".txt", ".jsonl", ".csv"), names)
-    return sorted([*images, *texts]), "imagefolder", {"data_dir": str(path), "drop_labels": True}
+    used = of_suffix((*SUFFIXES, ".txt", ".jsonl", ".csv"), files)
+    return used, "imagefolder", {"data_dir": str(path), "drop_labels": True}
 
 
 def stream(path):
@@ -95,11 +95,9 @@ def stream(path):
     image = next((name for name, kind in columns.items() if isinstance(kind, datasets.Image)
                   or isinstance(kind, dict) and "bytes" in kind), None)
     caption = next((name for name in CAPTIONS if name in columns), None)
-    absent = "images" if image is None else "captions" if caption is None and not (
-        is_folder and len(columns) == 1) else ""
-    if absent:
-        raise UserError(f"{path} has no column of {absent} (it has {', '.join(columns)}; captions "
-                        f"are in {', '.join(CAPTIONS)}); {ADVICE}")
+    if image is None or caption is None and not (is_folder and len(columns) == 1):
+        raise UserError(f"{path} has no column of {'captions' if image else 'images'} (it has "
+                        f"{', '.join(columns)}; captions are in {', '.join(CAPTIONS)}); {ADVICE}")
     return rows.cast_column(image, datasets.Image(decode=False)), image, caption, is_folder
 
 
@@ -130,12 +128,11 @@ def samples(path):
 def left_over(path, seen, texts):
     """(name, caption) of images of a folder that are not in `seen`, and of texts without image."""
     stems = {os.path.splitext(file)[0] for file in seen}
-    for name in source_of(path)[0]:
-        file = os.path.realpath(path / name)
-        if of_suffix(SUFFIXES, [name]) and file not in seen:
-            yield name, None
-        elif texts and of_suffix((".txt",), [name]) and os.path.splitext(file)[0] not in stems:
-            yield name, "text"
+    for file in map(os.path.realpath, source_of(path)[0]):
+        if of_suffix(SUFFIXES, [file]) and file not in seen:
+            yield file, None
+        elif texts and file.lower().endswith(".txt") and os.path.splitext(file)[0] not in stems:
+            yield file, "text"
 
 
 def beside(image):
@@ -172,9 +169,8 @@ def open_images(cfg):
     if not cfg.data_dir:
         raise UserError(f"--dataset captioned needs --data-dir; {ADVICE}")
     path = Path(cfg.data_dir)
-    folder = path if path.is_dir() else path.parent
     return SimpleNamespace(path=path, identity=lambda: ["captioned", *(
-        f"{Path(name).name} {checksum(folder / name)}" for name in source_of(path)[0])])
+        f"{file.name} {checksum(file)}" for file in source_of(path)[0])])
 
 
 def open_latents(cfg, device="cpu"):
