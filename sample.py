@@ -220,6 +220,8 @@ def check_flags(args, **least):
         names = getattr(args, name, None)
         if names == "" or isinstance(names, list) and "" in names:
             raise UserError(f"{flag(name)} takes the name of a file, not an empty text")
+    if getattr(args, "prompt", None) and args.prompts:
+        raise UserError("--prompt and --prompts exclude each other; leave one out")
     if args.solver == "heun":
         for nfe in args.nfe:
             heun_steps(nfe)
@@ -272,8 +274,6 @@ def parse(argv=None):
         raise UserError("--npz, --png and --trajectory take one --nfe; run them once for each")
     if bool(args.npz) + bool(args.png) + args.trajectory + args.gif > 1:
         raise UserError("use only one of --npz, --png, --trajectory and --gif")
-    if args.prompt and args.prompts:
-        raise UserError("--prompt and --prompts exclude each other; leave one out")
     args.prompt = read_prompts(args.prompts) if args.prompts else args.prompt
     args.solver = "stochastic" if args.stochastic else args.solver
     return args

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import data
 import sample
-from config import CAPTION_SETS, CIRCUMSTANCES, LATENT_SETS, MACHINE, identity, run_dir
+from config import (CAPTION_SETS, CIRCUMSTANCES, LATENT_SETS, MACHINE, identity, run_dir,
+                    with_pipeline)
 from harness import UserError, checkpoint, machine, pictures
 from harness.hub import package
 from harness.log import Interrupt, Log, curves, read_rows
@@ -148,7 +149,8 @@ class Run:
                             f"{clash}; leave them out, or start anew with --overwrite or another "
                             "--out")
         changed = {name: getattr(cfg, name) for name in given if name in free}
-        return replace(saved, **{"overwrite": False, "out": cfg.out, **changed})
+        cfg = replace(saved, **{"overwrite": False, "out": cfg.out, **changed})
+        return with_pipeline(cfg) if cfg.dataset == "captioned" else cfg
 
     def continued(self, cfg):
         """cfg, with resume set if the folder holds a state of this run but no result."""
