@@ -60,22 +60,23 @@ def found(source):
         raise UserError(f"there is no {source}; if it has moved, name its new place by "
                         "--teacher-checkpoint")
     pipelines, folder = library("diffusers"), None             # of a network alone
-    with suppress(OSError, ValueError):            # ValueError: no valid JSON
+    with suppress(OSError, ValueError, AttributeError):        # no file, no JSON, no dictionary
         listed = pipelines.DiffusionPipeline.load_config(source)
         folder = "transformer" if listed.get("transformer", [None])[0] else "unet"
     try:
         config = pipelines.UNet2DConditionModel.load_config(source, subfolder=folder)
-    except (OSError, ValueError) as e:             # no such id, no network, no such file
+        kind, out = config.get("_class_name"), config.get("out_channels")
+        shape = out, config.get("sample_size"), config.get("sample_size")
+    except (OSError, ValueError, AttributeError) as e:         # or no such id, no network
         raise UserError(f"{source} holds no pipeline of Stable Diffusion that can be read "
                         f"({first_line(e)}); {ADVICE}") from e
-    kind = config.get("_class_name")
-    if kind not in KINDS:
-        raise UserError(f"{source} holds a {kind}, not one of {' and '.join(KINDS)}; {ADVICE}")
+    if kind not in KINDS or None in shape:
+        raise UserError(f"{source} holds a {kind} for latents of shape {shape}, not a "
+                        f"{' or '.join(KINDS)} of known shape; {ADVICE}")
     for name in ("addition_embed_type", "class_embed_type", "encoder_hid_dim", "in_channels"):
-        if config.get(name) not in (None, config["out_channels"]):
+        if config.get(name) not in (None, out):
             raise UserError(f"{source} holds a UNet of another architecture, such as SDXL's ("
                             f"{name} is {config[name]}); name one like Stable Diffusion 1.5's")
-    shape = config["in_channels"], config["sample_size"], config["sample_size"]
     return SimpleNamespace(folder=folder, kind=kind, config=config, shape=shape)
 
 
@@ -121,6 +122,9 @@ class Texts:
     def __init__(self, source):
         self.tokenizer = part(library("transformers").CLIPTokenizer, source, "tokenizer")
         self.length, self.told = self.tokenizer.model_max_length, False
+        if self.tokenizer("a").input_ids == self.tokenizer("b").input_ids:
+            raise UserError(f"the tokenizer of {source} knows no words: files of it are missing; "
+                            "download it again")
         if found(source).kind == "UNet2DConditionModel":
             self.model = part(library("transformers").CLIPTextModel, source, "text_encoder")
             self.embed = self.clip

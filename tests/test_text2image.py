@@ -473,7 +473,8 @@ def bad_images():
 def bad_pipelines(pipelines):
     for name, change in (("sd2", {"cross_attention_dim": 48}), ("inpainting", {"in_channels": 9}),
                          ("sdxl", {"addition_embed_type": "text_time"}),
-                         ("video", {"_class_name": "UNet3DConditionModel"})):
+                         ("video", {"_class_name": "UNet3DConditionModel"}),
+                         ("nosize", {"sample_size": None})):
         shutil.copytree(pipelines / "sd", name)
         file = Path(name, "unet", "config.json")
         file.write_text(json.dumps(json.loads(file.read_text()) | change))
@@ -481,6 +482,12 @@ def bad_pipelines(pipelines):
     half(Path("half/unet/diffusion_pytorch_model.safetensors"))
     shutil.copytree(pipelines / "sd", "notext")
     shutil.rmtree("notext/text_encoder")
+    shutil.copytree(pipelines / "sd", "nowords")
+    for path in set(Path("nowords/tokenizer").iterdir()) - {
+            Path("nowords/tokenizer/tokenizer_config.json")}:
+        path.unlink()
+    shutil.copytree(pipelines / "sd", "nodict")
+    Path("nodict/unet/config.json").write_text("[]")
 
 
 BAD = [
@@ -503,6 +510,9 @@ BAD = [
     ("--teacher-checkpoint inpainting", "inpainting", "another architecture", "in_channels"),
     ("--teacher-checkpoint sdxl", "sdxl", "another architecture", "addition_embed_type"),
     ("--teacher-checkpoint video", "UNet3DConditionModel"),
+    ("--teacher-checkpoint nosize", "nosize holds a", "None"),
+    ("--teacher-checkpoint nodict", "nodict holds no pipeline"),
+    ("--teacher-checkpoint nowords", "tokenizer of", "nowords"),
     ("--teacher-checkpoint half", "the unet of", "half"),
     ("--teacher-checkpoint notext", "text_encoder of", "notext"),
     ("--r1 1", "--r1 1.0", "attention"),
