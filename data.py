@@ -265,7 +265,7 @@ def sample_shape(cfg):
         return captions.Captions.shape
     if cfg.vae == "pipeline":
         import text2image
-        channels = text2image.latents_of(cfg.teacher_checkpoint)[0]
+        channels = text2image.found(cfg.teacher_checkpoint).shape[0]
     else:
         channels = LATENT_CHANNELS[cfg.vae]
     return (channels, *[cfg.image_size // LATENT_DOWNSAMPLING] * 2)
@@ -273,12 +273,11 @@ def sample_shape(cfg):
 
 def key(cfg):
     """The key of the data set that the settings name; equal keys mean equal data."""
-    if cfg.dataset == "captioned":
-        import captioned
-        return captioned.data_key(cfg)
     if cfg.dataset in LATENT_SETS:
+        import captioned
         import latents
-        return latents.data_key(cfg)
+        return latents.data_key(cfg, captioned.open_images(cfg) if (
+            cfg.dataset == "captioned") else None)
     if cfg.dataset in CAPTION_SETS:
         return load(cfg).key
     if cfg.dataset == "mnist":

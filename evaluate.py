@@ -153,7 +153,11 @@ def real_data(cfg, n, generator):
 def images_in_blocks(cfg):
     """Yields all images of a folder or data set, float32 (BLOCK, 3, H, W) in [-1, 1]."""
     import latents                                 # here, so that points start without torchvision
-    images, count = latents.open_images(cfg), 0
+    try:
+        images, count = latents.open_images(cfg), 0
+    except UserError as e:                         # of captioned --real names them
+        raise UserError(str(e).replace("--data-dir", "--real") if cfg.dataset == "captioned"
+                        else str(e)) from e
     decoded = latents.decoded(images, cfg.image_size, enlarge=cfg.dataset == "captioned")
     decoded = tqdm(decoded, "features of the data", images.size)
     pixels = (pixels for _, pixels, _ in decoded if pixels is not None)

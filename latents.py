@@ -33,7 +33,7 @@ from tqdm import tqdm
 import vae
 from config import LATENT_DOWNSAMPLING, MACHINE, make_config
 from harness import UserError, first_line
-from harness.checkpoint import fingerprint, locked, no_room, replacing, write_text
+from harness.checkpoint import fingerprint, locked, no_room, write_text
 from harness.machine import FIRST, choose_device, start, wait, wants_bf16
 from harness.pictures import from_uint8
 from harness.script import add_field_flags, given_flags, make_parser, run_script
@@ -61,6 +61,7 @@ class ImageFiles:
     files: list            # of (name, function that returns the bytes of the file)
     identity: object       # () -> lines that differ for other images; no times, no folder
     note: str = ""         # what was left out, in words that follow a sentence
+    enlarge: bool = False  # whether images that are too small are enlarged, or skipped
 
     @property
     def size(self):
@@ -332,7 +333,10 @@ class Codec:
 
 
 class Latents:
-    """A data set of latents in a file; UserError if it is damaged or not of the codec's shape."""
+    """A data set of latents in a file; UserError if it is damaged or not of the codec's shape.
+
+    labels: int64 (N,), captioned.Prompts, or None.
+    """
 
     def __init__(self, path, codec, device="cpu", key="", labels=None):
         try:
@@ -344,16 +348,17 @@ class Latents:
         self.shape, self.size, self.decode = codec.row[2:], len(self.array), codec.decode
         self.labels = labels
         if labels is not None and len(labels) != self.size:
-            raise UserError(f"{path} does not say which images it skipped; delete it, and the "
-                            "images are encoded again")
+            raise UserError(f"{path} does not fit the .json or .jsonl beside it, which say what "
+                            "was skipped; delete them all, and the images are encoded again")
 
     def batch(self, n, draws):
         """(z0, y): latents float32 (n, C, h, w) on the device, and labels int64 (n,) or None.
 
-        Draws images, mirrors half of them, and samples the posterior.
+        Draws images, mirrors half of them, and samples the posterior. captioned: no mirror images,
+        and y are the captions' embeddings (n, L, D).
         """
         image = draws.integers(self.size, n, device="cpu").numpy()
-        mirrored = draws.integers(2, n, device="cpu").numpy()
+        mirrored = draws.integers(self.codec.row[0], n, device="cpu").numpy()
         moments = torch.from_numpy(self.array[image, mirrored])            # (n, P, C, h, w)
         mean, *logvar = moments.to(self.device).float().unbind(1)
         noise = draws.normal(n, *self.shape) if logvar else None
@@ -389,28 +394,40 @@ def class_names(images):
 
 def labels_of(images, path):
     """The class of each row of a file of latents, int64 (N,)."""
-    number = {name: i for i, name in enumerate(class_names(images))}
+    number, skipped = {name: i for i, name in enumerate(class_names(images))}, skipped_in(path)
+    return torch.tensor([number[re.split(r"[/\\]", name)[0]] for name, _ in images.files
+                         if name not in skipped])
+
+
+def skipped_in(path):
+    """The names of the images that a file of latents left out, from the .json beside it."""
     skips = path.with_suffix(".json")
     try:
-        skipped = set(json.loads(skips.read_text())) if skips.exists() else ()
+        return set(json.loads(skips.read_text())) if skips.exists() else set()
     except (ValueError, TypeError) as e:
         raise UserError(f"{skips} is damaged; delete it and {path}, and the images are encoded "
                         "again") from e
-    return torch.tensor([number[re.split(r"[/\\]", name)[0]] for name, _ in images.files
-                         if name not in skipped])
 
 
 def data_key(cfg, images=None, autoencoder=None):
     """The key of the images, autoencoder and size that the settings name; nothing is encoded."""
     images = images or open_images(cfg)
-    autoencoder = autoencoder or vae.load(cfg.vae, cfg.vae_weights)
+    autoencoder = autoencoder or vae.of(cfg)
     lines = "\n".join([*images.identity(), fingerprint(autoencoder), str(cfg.image_size)])
     return hashlib.sha256(lines.encode(errors="surrogatepass")).hexdigest()[:12]
 
 
 def open_latents(cfg, device="cpu", images=None):
-    """The Latents that the settings name; rank 0 encodes them first if that was not done yet."""
-    images, autoencoder = images or open_images(cfg), vae.load(cfg.vae, cfg.vae_weights)
+    """The Latents that the settings name, encoded first if that was not done yet."""
+    images = images or open_images(cfg)
+    path, *others = encoded(cfg, device, images, encode)
+    labels = labels_of(images, path) if cfg.condition == "class" else None
+    return Latents(path, *others, labels)
+
+
+def encoded(cfg, device, images, encode):
+    """(path, codec, device, key) of the latents; rank 0 calls `encode` if there is no file yet."""
+    autoencoder = vae.of(cfg)
     key, codec = data_key(cfg, images, autoencoder), Codec(autoencoder, cfg, device)
     folder, source = Path(cfg.latents_dir), printable(Path(cfg.data_dir).stem)
     # images keep their key when their folder is renamed
@@ -421,8 +438,7 @@ def open_latents(cfg, device="cpu", images=None):
             if not path.exists():                  # another process may have made it just now
                 encode(images, codec, path, cfg.image_size)
     wait()
-    labels = labels_of(images, path) if cfg.condition == "class" else None
-    return Latents(path, codec, device, key, labels)
+    return path, codec, device, key
 
 
 # -------------------------------------------------------------------------------------- encoding
@@ -432,7 +448,8 @@ def encode(images, codec, path, size):
     """Encodes all images and their mirror images into `path`; an interrupted encoding continues.
 
     Until it is whole the file is named .part. To continue, all images are decoded again, which
-    takes little of the time. Images that cannot be used are skipped and named.
+    takes little of the time. Images that cannot be used are skipped and named. captioned has no
+    mirror images.
     """
     part, skipped = path.with_suffix(".part"), {}
     done, row_bytes = rows_done(part, images.size, codec.row), 2 * math.prod(codec.row)
@@ -458,11 +475,12 @@ def encode(images, codec, path, size):
     if skipped:                                    # the last rows were for these
         print(f"skipped {len(skipped)} of {images.size} images: {listed(skipped)}")
         write_text(path.with_suffix(".json"), json.dumps([*skipped]))
-        with replacing(path) as file:
-            np.save(file, rows_in(part, codec.row)[:images.size - len(skipped)])
-        part.unlink()
-    else:
-        os.replace(part, path)
+        with open(part, "r+b") as file:            # NumPy's header is as long for any number
+            n = images.size - len(skipped)
+            np.lib.format.write_array_header_1_0(
+                file, {"descr": "<f2", "fortran_order": False, "shape": (n, *codec.row)})
+            file.truncate(file.tell() + n * row_bytes)
+    os.replace(part, path)
 
 
 def rows_done(part, images, row):
@@ -485,15 +503,16 @@ def batches(images, size, skipped):
     Raises UserError if these are more than 1 % (of fewer than 100 images: more than one).
     """
     batch = []
-    for name, pixels, wrong in decoded(images, size):
+    for name, pixels, wrong in decoded(images, size, images.enlarge):
         if not wrong:
             batch.append(pixels)
         else:
             skipped[name] = wrong
             if len(skipped) > max(1, images.size // 100) or len(skipped) == images.size:
-                raise UserError(f"more than 1 % of the images cannot be used: {listed(skipped)}; "
-                                "remove or replace them, or choose a smaller --image-size if they "
-                                "are too small")
+                small = ", or choose a smaller --image-size if they are too small"
+                raise UserError("more than 1 % of the images cannot be used, at least "
+                                f"{len(skipped)} of {images.size}: {listed(skipped)}; remove or "
+                                "replace them" + small * (not images.enlarge))
         if len(batch) == AT_A_TIME:
             yield torch.stack(batch)
             batch = []

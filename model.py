@@ -519,7 +519,7 @@ def check_network(cfg, shape):
     """UserError if the settings make no network for samples of `shape`; nothing is built."""
     if cfg.dataset == "captioned":
         import text2image
-        wanted = text2image.latents_of(cfg.teacher_checkpoint)
+        wanted = text2image.found(cfg.teacher_checkpoint).shape
         if tuple(shape) != wanted:
             raise UserError(f"{cfg.teacher_checkpoint} takes latents of shape {wanted}, and "
                             f"--vae {cfg.vae} --image-size {cfg.image_size} make {tuple(shape)}; "
@@ -554,8 +554,9 @@ def discriminator(cfg, shape):
     if cfg.dataset == "captioned":
         import text2image
         network = text2image.velocity(cfg.teacher_checkpoint)
-        if hasattr(network.inner, "down_blocks"):
-            network.checkpointing = cfg.checkpointing
+        if network.is_unet:
+            if cfg.checkpointing:
+                network.inner.enable_gradient_checkpointing()
             return UNetDiscriminator(network.inner, network.null, cfg.disc_trunk == "trained")
     if len(shape) == 1:
         return kaiming(PointDiscriminator(shape[0], cfg.disc_channels, cfg.num_classes))

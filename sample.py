@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 import captions
-from config import DATASETS, LATENT_DOWNSAMPLING, LATENT_SETS, MACHINE, words
+from config import DATASETS, LATENT_DOWNSAMPLING, LATENT_SETS, MACHINE, flag, words
 from harness import UserError, machine, pictures
 from harness.saved import (at_a_time, conditions_of, examples, find_student, home_of, npz_name,
                            open_decoder, open_network, png_folder, read_prompts, same, save_npz,
@@ -216,10 +216,12 @@ def check_flags(args, **least):
             if value is not None and not low <= value < 2**31:
                 raise UserError(f"--{name} {value} makes no sense; it must be at least {low}, and "
                                 "below 2^31")
-    for name in ("checkpoint", "npz", "png", "out"):
+    for name in ("checkpoint", "teacher_checkpoint", "prompts", "clip", "npz", "png", "out"):
         names = getattr(args, name, None)
         if names == "" or isinstance(names, list) and "" in names:
-            raise UserError(f"--{name} takes the name of a file, not an empty text")
+            raise UserError(f"{flag(name)} takes the name of a file, not an empty text")
+    if getattr(args, "prompt", None) and args.prompts:
+        raise UserError("--prompt and --prompts exclude each other; leave one out")
     if args.solver == "heun":
         for nfe in args.nfe:
             heun_steps(nfe)

@@ -126,6 +126,9 @@ def load(path, kind=None, device="cpu", mmap=False, pipeline=""):
         import text2image                          # not above: it needs optional packages
         return text2image.content(str(path), pipeline, weights=not mmap)
     path = Path(path)
+    if path.is_dir():
+        raise UserError(f"there is no checkpoint {path}: it is a folder without unet/config.json, "
+                        "so no pipeline; name a pipeline, or a checkpoint, which is a file")
     if not path.is_file():
         hint = ("; train.py --help says where the official teacher, model_480.pth, is"
                 if path.name.startswith("model_") else "")

@@ -1,6 +1,7 @@
 """Optional packages, and networks of theirs in a folder or on the Hugging Face hub."""
 
 import importlib
+import warnings
 
 from torch import nn
 
@@ -20,6 +21,7 @@ def package(name):
 
 def library(name):
     """The package diffusers or transformers, without its warnings and progress bars."""
+    warnings.filterwarnings("ignore", module="huggingface_hub")
     logging = package(name).utils.logging
     logging.set_verbosity_error(), logging.disable_progress_bar()
     return package(name)

@@ -127,6 +127,8 @@ def prepare(network, cfg, device):
         network.to(memory_format=torch.channels_last)
     if isinstance(network, VelocityNetwork):
         network.micro_batches, network.checkpointing = cfg.grad_accum, cfg.checkpointing
+        if cfg.checkpointing and hasattr(network, "inner"):    # diffusers has its own
+            network.inner.enable_gradient_checkpointing()
         if cfg.compile:
             network.compile()
     network.bf16 = wants_bf16(cfg, device)

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import data
 import sample
-from config import CAPTION_SETS, CIRCUMSTANCES, LATENT_SETS, MACHINE, identity, run_dir
+from config import (CAPTION_SETS, CIRCUMSTANCES, LATENT_SETS, MACHINE, identity, run_dir,
+                    with_pipeline)
 from harness import UserError, checkpoint, machine, pictures
 from harness.hub import package
 from harness.log import Interrupt, Log, curves, read_rows
@@ -124,7 +125,7 @@ class Run:
         """The saved settings of the run that --resume continues.
 
         Flags about the machine, the folders or the length may change; any other that differs is a
-        UserError.
+        UserError. captioned: --teacher-checkpoint may name the new place of the pipeline.
         """
         if cfg.overwrite:
             raise UserError("--resume continues a run and --overwrite starts anew; leave one out")
@@ -133,10 +134,11 @@ class Run:
             raise UserError(f"there is nothing to resume in {self.folder}; leave --resume out to "
                             "start")
         file = self.resume_file(kinds[0])
-        if "teacher_checkpoint" in given and kinds[0] == "student":
+        saved = checkpoint.config_of(checkpoint.load(file, f"{kinds[0]} resume", mmap=True))
+        moved = saved.dataset == "captioned" and checkpoint.is_pipeline(cfg.teacher_checkpoint)
+        if "teacher_checkpoint" in given and kinds[0] == "student" and not moved:
             raise UserError(f"{file} continues with the teacher that it started from; leave "
                             "--teacher-checkpoint out")
-        saved = checkpoint.config_of(checkpoint.load(file, f"{kinds[0]} resume", mmap=True))
         free = [*CIRCUMSTANCES]
         if kinds[0] == "teacher":
             free.append("teacher_steps")
@@ -147,7 +149,8 @@ class Run:
                             f"{clash}; leave them out, or start anew with --overwrite or another "
                             "--out")
         changed = {name: getattr(cfg, name) for name in given if name in free}
-        return replace(saved, **{"overwrite": False, "out": cfg.out, **changed})
+        cfg = replace(saved, **{"overwrite": False, "out": cfg.out, **changed})
+        return with_pipeline(cfg) if cfg.dataset == "captioned" else cfg
 
     def continued(self, cfg):
         """cfg, with resume set if the folder holds a state of this run but no result."""
@@ -351,10 +354,10 @@ class Run:
         for picture in self.picture_paths(kind):   # or a kill would leave a shorter run's pictures
             if FIRST and picture.is_file():
                 picture.unlink()
-        checkpoint.save(self.path(kind), kind, self.cfg, self.shape, steps, ema=ema.state_dict(),
-                        data=self.dataset.key, seconds=time.perf_counter() - self.begun)
         if FIRST and self.cfg.dataset == "captioned":
             ema.save(self.folder)                  # for every tool that reads diffusers' layout
+        checkpoint.save(self.path(kind), kind, self.cfg, self.shape, steps, ema=ema.state_dict(),
+                        data=self.dataset.key, seconds=time.perf_counter() - self.begun)
         self.pictures(kind)
         self.begun = time.perf_counter()           # of the student, after its teacher
         return self.path(kind)
@@ -381,7 +384,8 @@ class Run:
             return
         points = len(self.shape) == 1
         few, many = ((1, 2, 4, 8, 16),) * 2 if points else ((1, 2, 4, 8), (1, 2, 4, 8, 50))
-        settings = {name: getattr(self.cfg, name) for name in MACHINE}
+        moved = ["teacher_checkpoint"] * (self.cfg.dataset == "captioned")     # the pipeline
+        settings = {name: getattr(self.cfg, name) for name in (*MACHINE, *moved)}
         networks = [(kind, open_network(self.path(kind), **settings)[0], nfes)
                     for kind, nfes in (("teacher", many), ("student", few))]
         shown = min(4000 if points else 10, dataset.size or 4000)

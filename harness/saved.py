@@ -132,6 +132,8 @@ def read_prompts(file):
         if not isinstance(prompts, list):
             raise ValueError("it is no list")
         prompts = [p if isinstance(p, str) else p[1] for p in prompts]
+        if not all(isinstance(p, str) for p in prompts):
+            raise ValueError("not all of them are texts")
     except (OSError, ValueError, LookupError, TypeError) as e:
         raise UserError(f"--prompts {file} cannot be read ({first_line(e)}); it has one prompt per "
                         "line, or is a .json list of [path, prompt]") from e
