@@ -176,6 +176,15 @@ def by_prompt(path, cfg, columns, shape, prompts=(), seed=0, device="cpu", solve
     return pictures.grid(path, rows, [head for head, *_ in columns], title)
 
 
+def columns_of(network, nfes, n, prompts):
+    """Columns for by_prompt: several NFEs; or else other noise, so that there are n pictures."""
+    heads = [f"{k * calls(network)} NFE" for k in nfes]
+    if len(nfes) > 1:
+        return [(head, network, k, 0) for head, k in zip(heads, nfes)]
+    return [(heads[0] if j == 0 else "", network, nfes[0], j * prompts)
+            for j in range(-(-n // prompts))]
+
+
 def trajectory(file, networks, shape, nfe, seed=0, device="cpu", solver="euler", title=None,
                decode=same, conditions=unconditional):
     """Figures 4 and 7: zt and its z0-prediction along the path; for points the paths themselves."""
@@ -397,27 +406,22 @@ def write_picture(args, networks, shape, cfg, folder):
     if args.trajectory:
         return trajectory(out, networks, shape, nfe, args.seed, device, args.solver, title, decode,
                           conditions)
-    if cfg.condition == "text":                    # one row per prompt
-        prompts = (args.prompt or examples(cfg))[:args.n]
-        if len(args.nfe) > 1:
-            columns = [(f"{k * calls(network)} NFE", network, k, 0) for k in args.nfe]
-        else:
-            each = -(-args.n // len(prompts)) if args.n else 4 if latent else 8    # per prompt
-            columns = [("", network, nfe, j * len(prompts)) for j in range(each)]
-            title = f"{nfe * calls(network)} NFE, {title}"
-        title = f"{name}, {title}"
-        return by_prompt(out, cfg, columns, shape, prompts, args.seed, device, args.solver, title,
-                         decode)
-    if len(args.nfe) > 1:
-        return strips(out, [(name, network, None)], shape, args.nfe, args.seed, device, args.solver,
-                      title=title, columns=args.n or (8 if latent else 10), decode=decode,
-                      conditions=conditions)
-
     n = args.n or (4000 if points else 32 if latent else 64)
     most = MOST_POINTS if points else MOST_IMAGES
     if n > most:
         raise UserError(f"--n {n} is too many for a picture, which takes {most:,} at most; "
                         "--npz FILE writes any number")
+    if cfg.condition == "text":
+        prompts = (args.prompt or examples(cfg))[:args.n]
+        n = args.n or (4 if latent else 8) * len(prompts)
+        columns = columns_of(network, args.nfe, n, len(prompts))
+        return by_prompt(out, cfg, columns, shape, prompts, args.seed, device, args.solver,
+                         f"{name}, {title}", decode)
+    if len(args.nfe) > 1:
+        return strips(out, [(name, network, None)], shape, args.nfe, args.seed, device, args.solver,
+                      title=title, columns=args.n or (8 if latent else 10), decode=decode,
+                      conditions=conditions)
+
     z = decode(draw(network, shape, n, nfe, args.seed, args.solver,
                     args.batch or at_a_time(cfg.dataset), device, y=conditions(n)))
     title = f"{name}, {nfe * calls(network)} NFE\n{title}"
