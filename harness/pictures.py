@@ -102,7 +102,7 @@ def grid(path, rows, columns=None, title=None):
 def label_width(rows):
     """Inches for the labels beside rows; a longer line needs more than 0.9."""
     lines = [line for label, _, _ in rows for line in label.splitlines()]
-    return max(0.9, 0.08 * max(map(len, lines), default=0) - 0.2)
+    return max(0.9, 0.085 * max(map(len, lines), default=0) - 0.2)
 
 
 def tiles(path, images, columns=16, title=None):

@@ -560,7 +560,7 @@ def test_names_of_rows_and_of_tables(moons_run):
     ("evaluate.py --n 2000000", ["--n", "at most"]),
     ("evaluate.py --n 9999999999999999999999999", ["--n"]),
     ("evaluate.py --checkpoint \"\"", ["--checkpoint"]),
-    ("evaluate.py --dataset mnist", ["mnist", "train.py"]),
+    ("evaluate.py --dataset spirals", ["spirals", "train.py"]),
     ("sample.py --gif --trajectory", ["--gif"]),
     ("sample.py --gif --checkpoint runs/moons/teacher.pt", ["--gif", "student"]),
 ])
