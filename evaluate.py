@@ -131,10 +131,11 @@ class Spread:
 # ------------------------------------------------------------------------------------ the data
 
 
-def real_data(cfg, n, generator):
+def real_data(cfg, n, generator, scenes=None):
     """(data, held-out data or None, what the data are), the data as iterables of batches (b, ...).
 
     Points: two independent clouds of n. MNIST: the test digits, and n of the training digits.
+    scenes is the data set of captions, or None.
     """
     if cfg.dataset in POINT_SETS:
         real, held_out = (data.sample_points(cfg.dataset, n, generator) for _ in range(2))
@@ -143,8 +144,7 @@ def real_data(cfg, n, generator):
         digits, real = data.mnist(cfg.data_dir)[0], data.mnist(cfg.data_dir, False)[0]
         chosen = torch.randperm(len(digits), generator=generator)[:n]
         return [from_uint8(real)], [from_uint8(digits[chosen])], "test digits"
-    if cfg.dataset in CAPTION_SETS:
-        scenes = data.load(cfg, train=False)
+    if scenes:
         real, held_out = (scenes.draw(*scenes.scenes(n, generator), generator) for _ in range(2))
         return [real], [held_out], "pictures"
     return images_in_blocks(cfg), None, "images"
@@ -176,8 +176,8 @@ class Reference:
     features: function that turns samples (n, ...) into features (n, d). data: the data's features.
     classes: function of features that tells the class of each, or None. right: function of samples,
     features and their conditions that tells which are as they were asked for. std: the data's
-    spread, within: that within a class. name: the distance in words. floor: the score of held-out
-    real data, the best that samples can reach.
+    spread, within: that within a class. scenes: the data set of captions, or None. name: the
+    distance in words. floor: the score of held-out real data, the best that samples can reach.
     """
 
     def __init__(self, cfg, n, spec=None, device="cpu"):
@@ -188,11 +188,11 @@ class Reference:
             self.points) else extractor(cfg, spec, device)
         self.right = lambda x, features, y: (
             {"class": self.classes(features) == y} if self.classes else {})
-        if cfg.dataset in CAPTION_SETS:
-            scenes = captions_with_judge(cfg)
-            self.right = lambda x, features, y: scenes.scores(x, y)
+        self.scenes = captions_with_judge(cfg) if cfg.dataset in CAPTION_SETS else None
+        if self.scenes:
+            self.right = lambda x, features, y: self.scenes.scores(x, y)
         generator = torch.Generator().manual_seed(20_000)
-        batches, held_out, kind = real_data(cfg, n, generator)
+        batches, held_out, kind = real_data(cfg, n, generator, self.scenes)
         real, self.std, self.within = self.embedded(batches)
 
         size, d = min(n, len(real)), real.shape[1]
@@ -449,12 +449,12 @@ def prepare(args, cfg, shape, network):
                (5_000, 50) if cfg.dataset in LATENT_SETS else (2_000, 50))
     n, best = args.n or n, best - (args.solver == "heun")      # Heun takes an odd number
     device = next(network.parameters()).device
-    settings = dict(shape=tuple(shape), n=n, solver=args.solver, device=device,
-                    batch=args.batch or sample.at_a_time(cfg.dataset),
-                    decode=sample.open_decoder(cfg), y=data.load(cfg).questions(n)
-                    if cfg.dataset in CAPTION_SETS else sample.conditions_of(
-                        cfg, prompts=getattr(args, "prompts", ()))(n))
     reference = Reference(cfg, n, args.features, device)
+    y = reference.scenes.questions(n) if reference.scenes else sample.conditions_of(
+        cfg, prompts=getattr(args, "prompts", ()))(n)
+    settings = dict(shape=tuple(shape), n=n, solver=args.solver, device=device, y=y,
+                    batch=args.batch or sample.at_a_time(cfg.dataset),
+                    decode=sample.open_decoder(cfg))
     if getattr(args, "clip", None):
         reference.right = clip.Score(args.clip, device)
     return reference, settings, sorted({*args.nfe, best})

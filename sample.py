@@ -357,8 +357,8 @@ def write_raw(args, network, shape, cfg):
     folder = png_folder(args.png) if args.png and machine.FIRST else Path(args.png or "")
     machine.start(device)
     decode = open_decoder(cfg)
-    n, nfe = args.n or (50_000 if len(shape) == 1 else 10_000), args.nfe[0]
-    n = args.n or (len(args.prompt) if args.prompts else n)
+    many = len(args.prompt) if args.prompts else 50_000 if len(shape) == 1 else 10_000
+    n, nfe = args.n or many, args.nfe[0]
     batch = args.batch or at_a_time(cfg.dataset)
     each = -(-n // machine.WORLD)
     mine = range(min(machine.RANK * each, n), min((machine.RANK + 1) * each, n))

@@ -25,7 +25,7 @@ from config import DATASETS, Config, make_config, words
 from harness import UserError, pictures
 from harness.checkpoint import write_text
 from harness.log import Diverged
-from harness.pictures import STYLE, plt
+from harness.pictures import COLOURS, STYLE, plt
 from harness.run import Run
 from harness.script import given_flags, make_parser, run_script
 from study import baselines
@@ -226,7 +226,7 @@ def guidance_picture(file, rows, distance):
         names = "std / data's std", distance.split(",")[0]
         for line, measure, name in zip(axes, ("spread", "distance"), names):
             for ax, losses in zip(line, ("CD", "all")):
-                for w, colour in zip(GUIDANCE, ("#444444", "#c2571a", "#1f5fa8")):
+                for w, colour in zip(GUIDANCE, COLOURS.values()):
                     students = [median(measure, f"{losses}, w = {w:g}, t_trunc = {t:g}", 1)
                                 for t in TRUNCATION]
                     ax.plot(TRUNCATION, students, marker="o", ms=4, c=colour, label=f"w = {w:g}")
