@@ -105,7 +105,7 @@ def choose_device(cfg):
         torch.empty(1, device=device).item()
     except Exception as e:                         # each backend raises another exception type
         raise UserError(f"this machine has no device {name!r}; --device cpu always works") from e
-    if device.type == "cuda":
+    if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
 
     # a small MLP gains little from a second thread, and loses much by it on a busy machine
