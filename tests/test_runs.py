@@ -772,6 +772,18 @@ def test_threads(dataset, threads, variable, expected, monkeypatch):
     assert asked == ([] if expected is None else [expected])
 
 
+def test_gpus_with_and_without_an_index(monkeypatch):
+    """torch.cuda.set_device refuses a device without an index; seen on the first real GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "empty", lambda *shape, device: torch.zeros(1))
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", lambda index: chosen.append(index),
+                        raising=False)
+    for name, expected in (("auto", []), ("cuda", []), ("cuda:1", [1])):
+        chosen = []
+        machine.choose_device(make_config("mnist", device=name))
+        assert chosen == expected
+
+
 # --------------------------------------------------------------------------- the file itself
 
 
