@@ -51,8 +51,8 @@ class Config:
     channels_last: bool = False     # NHWC memory format (images only; measure it on your machine)
     compile: bool = False           # torch.compile the velocity networks (the discriminator never)
     threads: int = 0                # CPU threads; 0: $OMP_NUM_THREADS, or 1 for points, else all
-    grad_accum: int = 1             # split each batch into so many parts; less memory, same result
-    checkpointing: bool = False     # UNet: recompute activations in the backward pass; less memory
+    grad_accum: int = 1             # parts per batch: less memory, slower, the same up to rounding
+    checkpointing: bool = False     # UNet: recompute activations in backward: less memory, slower
     ema_on_cpu: bool = False        # keep the average that is sampled from off the GPU
 
     # -- networks: an MLP for points, a UNet for images
