@@ -51,8 +51,8 @@ class Config:
     channels_last: bool = False     # NHWC memory format (images only; measure it on your machine)
     compile: bool = False           # torch.compile the velocity networks (the discriminator never)
     threads: int = 0                # CPU threads; 0: $OMP_NUM_THREADS, or 1 for points, else all
-    grad_accum: int = 1             # split each batch into so many parts; less memory, same result
-    checkpointing: bool = False     # UNet: recompute activations in the backward pass; less memory
+    grad_accum: int = 1             # parts per batch: less memory, slower, the same up to rounding
+    checkpointing: bool = False     # UNet: recompute activations in backward: less memory, slower
     ema_on_cpu: bool = False        # keep the average that is sampled from off the GPU
 
     # -- networks: an MLP for points, a UNet for images
@@ -140,7 +140,8 @@ LATENTS = dict(
     t_trunc=0.4, truncation="current", metric="l2",    # and t_skip 0.1, mu 0.9, as everywhere
     l_gan=0.1, l_rf=0.1, l_bi=0.1, n_gan=0, n_rf=1000, n_bi=1000, r1=1.0,  # R1 (o)
     pair_steps=500,
-    teacher_steps=120_500, teacher_lr=2e-5, teacher_batch_size=112, teacher_ema=0.9999,  # (l)
+    teacher_steps=120_500, teacher_lr=2e-5, teacher_batch_size=112,        # (l)
+    teacher_ema=0.9999,                                # LFM has none by default
     save_every=1000, preview_every=5000,
 )
 PRESETS["celebahq"] = LATENTS | dict(data_dir="data/celebahq")

@@ -95,7 +95,10 @@ def reflow_loss(f_r, x1):
 
 
 def generator_loss(d_fake):
-    """The student's side of Eq. 7, non-saturating: -log sigmoid(D(f_theta(z1, 1)))."""
+    """The student's side of Eq. 7: -log sigmoid(D(f_theta(z1, 1))), non-saturating.
+
+    The paper does not name the form of the GAN loss; this is the official code's.
+    """
     return F.softplus(-d_fake).mean()
 
 

@@ -203,7 +203,8 @@ def make_table(args, given):
     text = evaluate.report(args.dataset, reference, rows, args.solver)
     evaluate.write(args.out or root / args.kind, args.dataset, reference, rows,
                    "\n\n".join([f"{TABLES[args.kind]}: {text}", costs(trained), *diverged]),
-                   ablation=args.kind, seeds=args.seeds, solver=args.solver, diverged=diverged)
+                   ablation=args.kind, seeds=args.seeds, solver=args.solver, diverged=diverged,
+                   costs=costs(trained))
     if ladder:
         picture = sample.strips(root / "figure6.png", ladder, shape, (1, 4), args.seed,
                                 settings["device"], columns=8, decode=settings["decode"],

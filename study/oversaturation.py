@@ -4,9 +4,10 @@ Let the data be N(0, 1). Everything is then known in closed form: zt has standar
 the teacher's path from z1 is z1 s(t), and it ends in z1. A *perfect* consistency student knows the
 end of the path from every point of it, f(z, t) = z / s(t). Its one-step samples are exact. Yet the
 more steps Euler takes with it, the larger the samples: std 1, 1.414, 1.662, 1.816, 1.904, ...
-towards 2. So contrast that grows with the steps is not a failure of training. Consistency follows
-a curved path, and Euler follows straight lines. Only straight paths, which the reflow loss makes,
-reconcile the two.
+towards 2. So contrast that grows with the steps need not be a failure of training. Consistency
+follows a curved path, and Euler follows straight lines; straight paths, which the reflow loss
+makes, reconcile the two. This is our explanation, proved for Gaussian data only. The paper suspects
+that the statistics of latents differ from those of pixels (docs/departures.md, note 5).
 """
 
 import torch

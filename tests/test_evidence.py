@@ -431,6 +431,7 @@ def test_the_ladder_is_trained_measured_and_kept(monkeypatch):
     phi = read(root / "teacher-1/teacher.pt")["ema"]
     for name, is_phi in (("scflow-1", True), ("losses-cd-1", True), ("teacher-0", False)):
         assert same(read(root / name / "teacher.pt")["ema"], phi) == is_phi
+    assert saved["costs"] in printed and "| + RF " in saved["costs"]
 
     # nothing is trained or sampled for a measure a second time, and the numbers stay
     monkeypatch.setattr(train, "begin", None)
