@@ -249,14 +249,11 @@ def make_config(dataset=Config.dataset, **given):
                             "has settings of its own")
         settings |= MODELS.get(settings["model"], {})
         settings |= OFFICIAL if settings["preset"] == "official" else {}
-    elif dataset == "cifar10" and not given.get("preset") and given.get("model") != "tiny":
-        settings["model"] = given.get("model") or "small"
-        settings |= CIFAR10_MODELS[settings["model"]]
-        settings |= CIFAR10_FGM if given.get("method") == "fgm" else {}
+    elif dataset == "cifar10":
+        settings |= cifar10_settings(**given)
     elif given.get("model") or given.get("preset"):
         raise UserError(f"--model and --preset are for {' and '.join(LATENT_SETS)}; {dataset} has "
-                        f"{'--model small and paper' if dataset == 'cifar10' else 'one preset'} of "
-                        "its own")
+                        "one preset of its own")
     cfg = Config(**{**settings, **{k: v for k, v in given.items() if k not in ("model", "preset")}})
 
     if cfg.method != "scflow":
@@ -281,6 +278,14 @@ def make_config(dataset=Config.dataset, **given):
         cfg = replace(cfg, data_dir=data_dir, vae_weights=files)
     check(cfg)
     return cfg
+
+
+def cifar10_settings(model="", preset="", method="", **given):
+    """What differs for CIFAR-10's --model, small by default, and for FGM; UserError for others."""
+    model = model or "small"
+    if preset or model not in CIFAR10_MODELS:
+        raise UserError("cifar10 has --model small and --model paper, and no --preset")
+    return dict(model=model, **CIFAR10_MODELS[model]) | (CIFAR10_FGM if method == "fgm" else {})
 
 
 def with_pipeline(cfg):

@@ -266,14 +266,13 @@ class UNet(VelocityNetwork):
         super().__init__()
         self.channels, self.time_scale, self.patch_size = channels, time_scale, patch_size
         self.divisor = patch_size * 2 ** (len(mult) - 1)                  # of height and width
-        emb_channels = 4 * channels
+        emb_channels, self.span_emb = 4 * channels, None                  # see flow_map
         self.time_embed = Float32(
             nn.Linear(channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
         )
         self.label_emb = LabelEmbedding(num_classes, emb_channels) if num_classes else None
         self.text = Text(num_words) if num_words else None
         self.text_emb = Float32(nn.Linear(64, emb_channels)) if num_words else None
-        self.span_emb = None                       # see flow_map
 
         def attend(ch, level, always=False):
             layers = [Attention(ch, heads)] if always or level in attention else []

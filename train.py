@@ -57,9 +57,8 @@ def scflow_step(net, batch, step, cfg, draws):
     terms = disc_step(net, z0, x1, y, cfg) if "gan" in use else {}
 
     # L = L_CD + l_GAN L_GAN + l_RF L_RF + l_BI L_BI
-    terms["cd"] = consistency_loss(f_t, f_lo, z0, t, t - d_s, cfg.t_trunc, cfg.truncation,
-                                   cfg.metric, cfg.huber_c)
-    loss = ("cd" in use) * terms["cd"]             # without CD, the log still shows it
+    loss = terms["cd"] = ("cd" in use) * consistency_loss(f_t, f_lo, z0, t, t - d_s, cfg.t_trunc,
+                                                          cfg.truncation, cfg.metric, cfg.huber_c)
     if "gan" in use:
         terms["gan"] = generator_loss(net.disc(x1, y))
         loss = loss + cfg.l_gan * terms["gan"]

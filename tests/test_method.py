@@ -645,7 +645,7 @@ def reference_step(net, z0, y, use, cfg, seed):
         aim = f_lo.clone()
         aim[t - d_s < cfg.t_trunc] = z0[t - d_s < cfg.t_trunc]
         x1 = f(net.student, z1, one)
-    terms["cd"] = huber(f(net.student, zt, t) - aim)
+    terms["cd"] = ("cd" in use) * huber(f(net.student, zt, t) - aim)
     if "rf" in use:
         zr = (1 - across(t, z0)) * x1 + across(t, z0) * z1
         terms["rf"] = ((x1 - f(net.student, zr, t)) ** 2).mean()
