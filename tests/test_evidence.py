@@ -25,12 +25,12 @@ import train
 from config import make_config
 from harness import UserError
 from harness.log import Diverged
-from losses import consistency_loss, distance, expand, time_skip, z0_prediction
+from losses import consistency_loss, distance, expand, interpolate, time_skip, z0_prediction
 from model import copy_of, flow_map, velocity_network
 from harness.run import Run
 from harness.script import parse_config
 from running import call, copy_faces, gen, half, is_picture, read, refused, rows, same, works
-from study import ablation, baselines, features, oversaturation, speed
+from study import ablation, baselines, dimension, features, oversaturation, speed
 
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 SMALL = ("--steps 12 --teacher-steps 12 --channels 16 --blocks 1 --disc-channels 8 --batch-size 32 "
@@ -592,6 +592,55 @@ def test_fgm_learns_a_gaussian_from_its_exact_teacher():
         baselines.fgm_step(net, (torch.zeros(256, 1), None), step, cfg, draws)
     mean, std = (value.item() for value in student.values)
     assert (mean, abs(std)) == pytest.approx((1.5, 0.5), abs=0.12)
+
+
+# ------------------------------------------------------------------------------ dimensions
+
+
+@pytest.mark.parametrize("n, size", [(2, 1.0), (6, 1.0), (6, 3 ** 0.5)])
+def test_a_lifted_gaussian_has_its_exact_velocity(n, size):
+    """z0 = size x Q with x ~ N(0, I): both parts of E[z1 - z0 | zt] are known."""
+    flat = Field(lambda zt, t: zt * (2 * t - 1) / oversaturation.s(t) ** 2)
+    plane = torch.linalg.qr(torch.randn(n, 2, generator=gen())).Q.T
+    zt, t = torch.randn(50, n, generator=gen(1)), torch.rand(50, generator=gen(2)).clamp(min=0.05)
+    across = t[:, None]
+    inside = zt @ plane.T @ plane
+    wanted = (zt - inside) / across + inside * (across - (1 - across) * size**2) / (
+        (1 - across) ** 2 * size**2 + across**2)
+    assert torch.allclose(dimension.Lifted(flat, plane, size)(zt, t), wanted, atol=1e-4)
+
+
+def test_gradients_are_those_of_means_over_the_elements():
+    cfg = make_config("checkerboard", metric="l2", t_trunc=0.0)
+    plane = torch.linalg.qr(torch.randn(8, 2, generator=gen())).Q.T
+    network = dimension.Lifted(velocity_network(cfg, (2,)), plane, 2.0)
+    net = train.begin(network.requires_grad_(False), network, cfg, (8,), torch.device("cpu"))
+    z0, draws = 2.0 * gaussians(64, 0) @ plane, data.Draws(0)
+    norms = dimension.gradients(net, z0, cfg, draws)
+    draws.at(0)
+    z1, t, u = draws.normal(64, 8), draws.uniform(64), draws.uniform(64)
+    with torch.no_grad():
+        x1 = z0_prediction(network, z1, torch.ones(64))
+        gap = x1 - z0_prediction(network, interpolate(x1, z1, t), t)
+        zt, d = interpolate(z0, z1, t), expand(time_skip(t, u, u, cfg.t_skip)[0], z0)
+        lower = z0_prediction(network, zt - d * network(zt, t), t - d[:, 0])
+        gaps = {"RF": gap, "CD": z0_prediction(network, zt, t) - lower}
+    for name, gap in gaps.items():                 # of the mean square: 2 gap / N
+        wanted = (2 * gap.norm(dim=1) / 8).mean().item()
+        assert norms[name].item() == pytest.approx(wanted, rel=1e-3)
+
+
+def test_the_table_of_dimensions(monkeypatch):
+    monkeypatch.setattr(dimension, "POINTS", 200)
+    printed = works("study.dimension --steps 3 --n 2 5 --out table --threads 1")
+    assert "| N | elements " in printed and printed.count("| 5 |") == 2
+    rows = json.loads(Path("table.json").read_text())
+    assert [(r["N"], r["elements"]) for r in rows] == [
+        (n, name) for name in dimension.SIZES for n in (2, 5)]
+    assert all(r["GAN / CD"] > 0 and r["NFE 16"] > 0 for r in rows)
+    first, other = rows[0] | {"elements": ""}, rows[2] | {"elements": ""}
+    assert first == other                          # with N = 2 both are the points themselves
+    refused("study.dimension --n 1", "--n 1", "2")
 
 
 # ------------------------------------------------------------------------------ the paper's tables
