@@ -49,7 +49,8 @@ def noise(shape, n, seed, start=0, stream=0):
 def euler(model, z, nfe, y=None):
     """z <- z - (1/N) v(z, i/N) for i = N ... 1, with N = nfe.
 
-    A flow map is also told where each step ends, at (i - 1)/N.
+    A flow map is also told where each step ends, at (i - 1)/N; its f(zt, t) is that step, prolonged
+    to t = 0.
     """
     told = getattr(model, "span_emb", None) is not None
     for i in range(nfe, 0, -1):
