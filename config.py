@@ -17,10 +17,11 @@ from harness import UserError
 POINT_SETS = ("8gaussians", "moons", "checkerboard", "spirals")
 LATENT_SETS = ("celebahq", "folder", "captioned")      # images that an autoencoder encodes first
 CAPTION_SETS = ("captions", "captions-digits")         # text to image, drawn on the fly
-DATASETS = (*POINT_SETS, "mnist", *CAPTION_SETS, *LATENT_SETS)
+DATASETS = (*POINT_SETS, "mnist", "cifar10", *CAPTION_SETS, *LATENT_SETS)
 LATENT_DOWNSAMPLING = 8                                # 8 x 8 pixels become one latent position
 LATENT_CHANNELS = {"sd": 4, "taesd": 4, "taef2": 32}
-CLASSES = {"8gaussians": 8, "mnist": 10}               # a folder's classes are its sub-folders
+METHODS = ("scflow", "cd", "flowmap", "reflow", "reflow-distill", "fgm")
+CLASSES = {"8gaussians": 8, "mnist": 10, "cifar10": 10}   # a folder's classes are its sub-folders
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Config:
     latents_dir: str = "latents"    # folder of the encoded latents; several runs may share it
 
     # -- presets for latents
-    model: Literal["", "paper", "small", "tiny"] = ""  # a network of 153, 15 or 1 M parameters
+    model: Literal["", "paper", "small", "tiny"] = ""  # 153, 15 or 1 M parameters; cifar10: 57, 7
     preset: Literal["", "paper", "official"] = ""  # settings of the paper's text, or of its code
 
     # -- the machine
@@ -76,7 +77,7 @@ class Config:
     lr_warmup: int = 100            # iterations in which all rates rise from zero
 
     # -- student: Algorithm 1
-    method: Literal["scflow", "cd", "reflow", "reflow-distill", "fgm"] = "scflow"  # or a baseline
+    method: Literal[METHODS] = "scflow"  # or a baseline
     losses: tuple[Literal["cd", "gan", "rf", "bi"], ...] = ("cd", "gan", "rf", "bi")  # in use
     steps: int = 5000               # iterations of distillation
     batch_size: int = 256           # samples per iteration
@@ -102,6 +103,8 @@ class Config:
     n_rf: int = 1000                # first iteration with reflow
     n_bi: int = 0                   # first iteration with the bidirectional loss
     r1: float = 0.1                 # gamma of R1, (gamma / 2) E || grad D(z0) ||^2; 0 leaves it out
+    fgm_alpha: float = 1.0          # fgm: 0.5 is the whole loss, L1 + L2; 1 is L2 alone
+    fgm_clip: float = 0.0           # fgm: largest gradient norm, of sums over a sample; 0: no limit
 
     # -- pairs of the reflow baselines
     pairs: int = 50_000             # reflow, reflow-distill: how many pairs (z0, z1) are made
@@ -130,6 +133,20 @@ PRESETS["captions"] = PRESETS["mnist"] | dict(
     teacher_steps=1600, teacher_lr=4e-3, teacher_batch_size=64,
     steps=1500, batch_size=32, disc_lr=2e-4, t_trunc=0.2, l_gan=0.01, l_rf=0.1)
 PRESETS["captions-digits"] = PRESETS["captions"] | dict(teacher_steps=3500, steps=3000)
+
+# CIFAR-10, which FGM's authors measured. These settings were never trained to their end.
+PRESETS["cifar10"] = dict(
+    time_scale=1000.0, attention=(1,), disc_channels=64,
+    teacher_steps=100_000, teacher_lr=2e-4, teacher_batch_size=128, teacher_ema=0.9999,
+    steps=50_000, batch_size=128, lr=1e-4, disc_lr=2e-4, lr_warmup=1000, ema=0.9995, huber_c=0.01,
+    t_trunc=0.4, l_gan=0.1, l_rf=0.1, l_bi=0.1, n_gan=0, n_bi=1000, r1=1.0,
+    save_every=1000, preview_every=5000)
+CIFAR10_MODELS = {                                     # 7 M parameters; or 57 M, as EDM's network
+    "small": dict(channels=64, mult=(1, 2, 2), blocks=2),
+    "paper": dict(channels=128, mult=(2, 2, 2), blocks=4, teacher_steps=400_000, lr=2e-5)}
+# RealUID's run of FGM on CIFAR-10; how FGM's authors trained it is not known
+CIFAR10_FGM = dict(fgm_alpha=0.5, fgm_clip=1.0, lr=3e-5, disc_lr=3e-5, betas=(0.0, 0.999),
+                   disc_betas=(0.0, 0.999), batch_size=256, lr_warmup=500, ema=0.9999)
 
 # The paper's experiment, CelebA-HQ 256. What the paper does not state is taken from the official
 # code (o), the teacher's values from LFM (l).
@@ -233,6 +250,8 @@ def make_config(dataset=Config.dataset, **given):
                             "has settings of its own")
         settings |= MODELS.get(settings["model"], {})
         settings |= OFFICIAL if settings["preset"] == "official" else {}
+    elif dataset == "cifar10":
+        settings |= cifar10_settings(**given)
     elif given.get("model") or given.get("preset"):
         raise UserError(f"--model and --preset are for {' and '.join(LATENT_SETS)}; {dataset} has "
                         "one preset of its own")
@@ -260,6 +279,14 @@ def make_config(dataset=Config.dataset, **given):
         cfg = replace(cfg, data_dir=data_dir, vae_weights=files)
     check(cfg)
     return cfg
+
+
+def cifar10_settings(model="", preset="", method="", **given):
+    """What differs for CIFAR-10's --model, small by default, and for FGM; UserError for others."""
+    model = model or "small"
+    if preset or model not in CIFAR10_MODELS:
+        raise UserError("cifar10 has --model small and --model paper, and no --preset")
+    return dict(model=model, **CIFAR10_MODELS[model]) | (CIFAR10_FGM if method == "fgm" else {})
 
 
 def with_pipeline(cfg):
@@ -319,8 +346,11 @@ def check(cfg):
                         f"{LATENT_DOWNSAMPLING}, which the autoencoders need")
     if cfg.method == "reflow-distill" and cfg.steps < 2:
         raise UserError("--method reflow-distill has two stages, so --steps must be at least 2")
-    if "cd" not in cfg.losses:
-        raise UserError("--losses must contain cd; the others correct it and do not stand alone")
+    if cfg.method == "flowmap" and cfg.dataset == "captioned":
+        raise UserError("--method flowmap needs a network that is told where a step ends, and that "
+                        "of a pipeline is not; choose another method")
+    if not cfg.losses:
+        raise UserError("--losses names at least one of cd, gan, rf and bi")
 
 
 def complaint(name, kind, value):

@@ -1,9 +1,9 @@
-"""Data sets: four 2D densities made in code, MNIST, and the latents of any images.
+"""Data sets: four 2D densities made in code, MNIST, CIFAR-10, and the latents of any images.
 
 Every data set is an object with `shape` (of one sample), `size` (how many samples; None means
 endless), `key` (a short text that differs if the data differ), `batch(n, draws)` -> (z0, y): z0
-float32 (n, *shape), y int64 (n,) labels or None, and `decode(z0)` -> images in [-1, 1] (points and
-MNIST: z0 itself).
+float32 (n, *shape), y int64 (n,) labels or None, and `decode(z0)` -> images in [-1, 1] (of
+latents; else z0 itself).
 """
 
 import math
@@ -134,7 +134,7 @@ class Points:
         return z0
 
 
-# -------------------------------------------------------------------------------------- MNIST
+# ---------------------------------------------------------------------------- MNIST, CIFAR-10
 
 
 class Images:
@@ -174,21 +174,9 @@ def mnist(data_dir, train=True):
     Downloaded through torchvision if they are not there yet. Raises UserError if that fails or a
     file is damaged.
     """
-    from torchvision import datasets
-
-    if data_dir != "data" and not Path(data_dir).is_dir():
-        raise UserError(f"there is no data folder {data_dir}; --data-dir names the folder that "
-                        "has MNIST/raw, or where it is downloaded to")
     raw = Path(data_dir) / "MNIST" / "raw"
     advice = f"put its four files into {raw}, or name their folder by --data-dir"
-    action = "read" if raw.is_dir() and any(raw.iterdir()) else "download"
-    try:
-        if FIRST:                                  # the other processes read what rank 0 downloads
-            datasets.MNIST(data_dir, train=train, download=True)
-        wait()
-        files = datasets.MNIST(data_dir, train=train)
-    except Exception as e:                         # network, permissions, a server's error, damage
-        raise UserError(f"could not {action} MNIST ({first_line(e)}); {advice}") from e
+    files = of_torchvision("MNIST", data_dir, raw, train, advice)
     expected = 60_000 if train else 10_000
     if files.data.shape != (expected, 28, 28) or len(files.targets) != expected:
         raise UserError(f"{raw} has {len(files.data)} images of {files.data.shape[1]} x "
@@ -198,6 +186,37 @@ def mnist(data_dir, train=True):
         raise UserError(f"{raw} has labels from {files.targets.min()} to {files.targets.max()}, "
                         f"not from 0 to 9; {advice}")
     return files.data[:, None], files.targets
+
+
+def cifar10(data_dir, train=True):
+    """CIFAR-10's images, uint8 (N, 3, 32, 32), and labels, int64 (N,), N = 50,000 or 10,000.
+
+    Downloaded through torchvision into DATA_DIR/cifar-10-batches-py if they are not there yet.
+    torchvision compares their MD5 sums. Raises UserError if a file cannot be had or is damaged.
+    """
+    folder = Path(data_dir) / "cifar-10-batches-py"
+    files = of_torchvision("CIFAR10", data_dir, folder, train, f"unpack cifar-10-python.tar.gz so "
+                           f"that {folder} holds its files, or name another folder by --data-dir")
+    images = torch.from_numpy(files.data).permute(0, 3, 1, 2).contiguous()
+    return images, torch.tensor(files.targets)
+
+
+def of_torchvision(name, data_dir, folder, train, advice):
+    """A data set of torchvision whose files are in `folder`, downloaded into data_dir if absent."""
+    from torchvision import datasets
+
+    if data_dir != "data" and not Path(data_dir).is_dir():
+        raise UserError(f"there is no data folder {data_dir}; --data-dir names the folder that "
+                        f"has {folder.relative_to(data_dir)}, or where it is downloaded to")
+    action = "read" if folder.is_dir() and any(folder.iterdir()) else "download"
+    make = getattr(datasets, name)
+    try:
+        if FIRST:                                  # the other processes read what rank 0 downloads
+            make(data_dir, train=train, download=True)
+        wait()
+        return make(data_dir, train=train)
+    except Exception as e:                         # network, permissions, a server's error, damage
+        raise UserError(f"could not {action} {name} ({first_line(e)}); {advice}") from e
 
 
 # ----------------------------------------------------------------------------- from the settings
@@ -213,9 +232,9 @@ def load(cfg, device="cpu", train=True):
         images, labels = mnist(cfg.data_dir, train)
         dataset = captions.CaptionedDigits(images, labels, key_of(images, labels),
                                            cfg.condition == "text")
-    elif cfg.dataset == "mnist":
-        images, labels = mnist(cfg.data_dir, train)
-        dataset = Images(images, device, labels if cfg.condition == "class" else None)
+    elif cfg.dataset in ("mnist", "cifar10"):
+        images, labels = images_of(cfg, train)
+        dataset = Images(images, device, labels)
     elif cfg.dataset == "captioned":
         import captioned                           # not above: points need no torchvision
         dataset = captioned.open_latents(cfg, device)
@@ -226,6 +245,16 @@ def load(cfg, device="cpu", train=True):
         dataset = latents.open_latents(cfg, device, images)
     check_batches(cfg, dataset.size)
     return dataset
+
+
+def images_of(cfg, train=True):
+    """(images, labels, or None without conditions) of MNIST, or of CIFAR-10 with mirror images."""
+    if cfg.dataset == "mnist":
+        images, labels = mnist(cfg.data_dir, train)
+    else:
+        images, labels = cifar10(cfg.data_dir, train)
+        images, labels = torch.cat([images, images.flip(3)]), labels.repeat(2)
+    return images, labels if cfg.condition == "class" else None
 
 
 def with_classes(cfg):
@@ -259,8 +288,8 @@ def sample_shape(cfg):
     """Shape of a sample of the data set that the settings name, known without opening it."""
     if cfg.dataset in POINT_SETS:
         return (2,)
-    if cfg.dataset == "mnist":
-        return (1, 28, 28)
+    if cfg.dataset in ("mnist", "cifar10"):
+        return (1, 28, 28) if cfg.dataset == "mnist" else (3, 32, 32)
     if cfg.dataset in CAPTION_SETS:
         return captions.Captions.shape
     if cfg.vae == "pipeline":
@@ -280,7 +309,6 @@ def key(cfg):
             cfg.dataset == "captioned") else None)
     if cfg.dataset in CAPTION_SETS:
         return load(cfg).key
-    if cfg.dataset == "mnist":
-        images, labels = mnist(cfg.data_dir)
-        return key_of(images, labels if cfg.condition == "class" else None)
+    if cfg.dataset in ("mnist", "cifar10"):
+        return key_of(*images_of(cfg))
     return ""

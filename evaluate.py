@@ -144,6 +144,8 @@ def real_data(cfg, n, generator, scenes=None):
         digits, real = data.mnist(cfg.data_dir)[0], data.mnist(cfg.data_dir, False)[0]
         chosen = torch.randperm(len(digits), generator=generator)[:n]
         return [from_uint8(real)], [from_uint8(digits[chosen])], "test digits"
+    if cfg.dataset == "cifar10":
+        return (from_uint8(x) for x in data.cifar10(cfg.data_dir)[0].split(BLOCK)), None, "images"
     if scenes:
         real, held_out = (scenes.draw(*scenes.scenes(n, generator), generator) for _ in range(2))
         return [real], [held_out], "pictures"
@@ -262,9 +264,10 @@ def measure(name, network, nfes, reference, shape, n, seed=0, solver="euler", ba
             device="cpu", decode=sample.same, y=None):
     """One row per NFE, in ascending order, a dict: network, nfe, seed, and the MEASURES.
 
-    A guided network makes two calls per step, so it takes nfe / 2 steps; odd NFEs are left out. y
-    are the conditions (n, ...), or None; with them a row has the shares of samples that are right,
-    and for classes the spread within a class.
+    A guided network makes two calls per step, so it takes nfe / 2 steps; odd NFEs are left out. A
+    student of FGM never saw t < 1, so it is measured at NFE 1 alone. y are the conditions (n, ...),
+    or None; with them a row has the shares of samples that are right, and for classes the spread
+    within a class.
 
     The noise is the same for every network and NFE. consistency: RMS distance, per element of z0,
     of a sample from the one-step sample of the same noise. spread: std divided by the data's.
@@ -272,6 +275,7 @@ def measure(name, network, nfes, reference, shape, n, seed=0, solver="euler", ba
     """
     calls = sample.calls(network)
     steps = [k // calls for k in nfes if k % calls == 0]
+    steps = [1] if getattr(network, "one_step", False) else steps
     rows, one_step = [], {}                        # {first sample of a batch: its one-step samples}
     for k in sorted({1, *steps}):
         features, spread, within, gap, seconds, right = [], Spread(), Spread(), 0.0, 0.0, {}
@@ -423,7 +427,8 @@ def parse(parser, argv, names, seeds, out):
     group = parser.add_argument_group("how")
     group.add_argument("--nfe", type=int, nargs="+", default=[1, 2, 4, 8, 16], metavar="N", help=(
         "numbers of network calls; the teacher is also measured at its best [1 2 4 8 16]"))
-    group.add_argument("--n", type=int, help="samples [50000 points, 2000 digits, 5000 latents]")
+    group.add_argument("--n", type=int, help="samples [50000 points or CIFAR-10, 2000 digits, "
+                       "5000 latents]")
     group.add_argument("--seed", type=int, default=0, help="the first of --seeds [0]")
     group.add_argument("--seeds", type=int, default=1, help=seeds)
     group.add_argument("--solver", choices=tuple(sample.SOLVERS), default="euler", help="[euler]")
@@ -446,7 +451,8 @@ def prepare(args, cfg, shape, network):
     A teacher is measured at the students' NFEs, and at a larger one, at which it is at its best.
     """
     n, best = ((50_000, 100) if cfg.dataset in POINT_SETS else
-               (5_000, 50) if cfg.dataset in LATENT_SETS else (2_000, 50))
+               (5_000, 50) if cfg.dataset in LATENT_SETS else
+               (50_000 if cfg.dataset == "cifar10" else 2_000, 50))
     n, best = args.n or n, best - (args.solver == "heun")      # Heun takes an odd number
     device = next(network.parameters()).device
     reference = Reference(cfg, n, args.features, device)

@@ -90,12 +90,15 @@ class MLP(VelocityNetwork):
         self.time_scale = time_scale
         self.first = nn.Linear(9 * dim + 32, channels)
         self.label_emb = LabelEmbedding(num_classes, channels) if num_classes else None
+        self.span_emb = None                       # see flow_map
         self.hidden = nn.ModuleList(nn.Linear(channels, channels) for _ in range(blocks))
         self.last = nn.Linear(channels, dim)
 
-    def forward(self, zt, t, y=None):
+    def forward(self, zt, t, y=None, r=None):
         features = point_features(zt), time_features(t, 32, self.time_scale)
         h = self.first(torch.cat(features, dim=1))
+        if self.span_emb is not None:
+            h = h + self.span_emb(span_features(t, r, self.time_scale))
         if self.label_emb is not None:
             h = h + self.label_emb(y, len(zt))
         for layer in self.hidden:
@@ -263,7 +266,7 @@ class UNet(VelocityNetwork):
         super().__init__()
         self.channels, self.time_scale, self.patch_size = channels, time_scale, patch_size
         self.divisor = patch_size * 2 ** (len(mult) - 1)                  # of height and width
-        emb_channels = 4 * channels
+        emb_channels, self.span_emb = 4 * channels, None                  # see flow_map
         self.time_embed = Float32(
             nn.Linear(channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
         )
@@ -309,13 +312,15 @@ class UNet(VelocityNetwork):
 
         self.out = nn.Sequential(norm(ch), nn.SiLU(), zeroed(nn.Conv2d(ch, folded, 3, padding=1)))
 
-    def forward(self, zt, t, y=None):
+    def forward(self, zt, t, y=None, r=None):
         if zt.shape[2] % self.divisor or zt.shape[3] % self.divisor:
             raise ValueError(f"this UNet takes heights and widths that divide by {self.divisor}, "
                              f"not {zt.shape[2]} x {zt.shape[3]}")
         p = self.patch_size
         h = rearrange(zt, "b c (h p) (w q) -> b (c p q) h w", p=p, q=p)
         emb = self.time_embed(time_features(t, self.channels, self.time_scale))
+        if self.span_emb is not None:
+            emb = emb + self.span_emb(span_features(t, r, self.time_scale))
         words = None
         if self.label_emb is not None:
             emb = emb + self.label_emb(y, len(zt))
@@ -334,6 +339,22 @@ class UNet(VelocityNetwork):
 
     def run(self, stage, *inputs):
         return self.again(stage, *inputs) if self.checkpointing else stage(*inputs)
+
+
+def span_features(t, r, time_scale):
+    """Features of the span t - r of a step from t to r, (B,) -> (B, 32); r = None is r = 0."""
+    return time_features(t if r is None else t - r, 32, time_scale)
+
+
+def flow_map(network):
+    """A copy of an MLP or UNet that is also told r (B,), the time at which a step ends.
+
+    It is called u(zt, t, y, r). The layer for t - r starts at 0, so at first u = v for every r.
+    """
+    network = copy_of(network)
+    channels = 4 * network.channels if isinstance(network, UNet) else network.first.out_features
+    network.span_emb = Float32(zeroed(nn.Linear(32, channels)))
+    return network.requires_grad_(False)
 
 
 class DownBlock(nn.Module):

@@ -47,10 +47,15 @@ def noise(shape, n, seed, start=0, stream=0):
 
 @torch.no_grad()
 def euler(model, z, nfe, y=None):
-    """z <- z - (1/N) v(z, i/N) for i = N ... 1, with N = nfe."""
+    """z <- z - (1/N) v(z, i/N) for i = N ... 1, with N = nfe.
+
+    A flow map is also told where each step ends, at (i - 1)/N; its f(zt, t) is that step, prolonged
+    to t = 0.
+    """
+    told = getattr(model, "span_emb", None) is not None
     for i in range(nfe, 0, -1):
         t = torch.full((len(z),), i / nfe, device=z.device)
-        v = model(z, t, y)
+        v = model(z, t, y, t - 1 / nfe) if told else model(z, t, y)
         yield i / nfe, z, z - expand(t, z) * v
         z = z - v / nfe
     yield 0.0, z, z

@@ -18,7 +18,7 @@ from harness.script import parse_config, run_script
 from losses import (bidirectional_loss, consistency_loss, discriminator_loss, expand,
                     generator_loss, interpolate, r1_penalty, reflow_loss, time_skip,
                     z0_prediction, z0_predictions)
-from model import Guided, copy_of, discriminator, ema_update, set_rates
+from model import Guided, copy_of, discriminator, ema_update, flow_map, set_rates
 from study import baselines
 from teacher import find_or_train, load_teacher
 
@@ -57,8 +57,8 @@ def scflow_step(net, batch, step, cfg, draws):
     terms = disc_step(net, z0, x1, y, cfg) if "gan" in use else {}
 
     # L = L_CD + l_GAN L_GAN + l_RF L_RF + l_BI L_BI
-    loss = terms["cd"] = consistency_loss(f_t, f_lo, z0, t, t - d_s, cfg.t_trunc, cfg.truncation,
-                                          cfg.metric, cfg.huber_c)
+    loss = terms["cd"] = ("cd" in use) * consistency_loss(f_t, f_lo, z0, t, t - d_s, cfg.t_trunc,
+                                                          cfg.truncation, cfg.metric, cfg.huber_c)
     if "gan" in use:
         terms["gan"] = generator_loss(net.disc(x1, y))
         loss = loss + cfg.l_gan * terms["gan"]
@@ -106,6 +106,7 @@ def begin(teacher, start, cfg, shape, device):
     def trained(network):
         return copy_of(network).requires_grad_(True).train()
 
+    start = flow_map(start) if cfg.method == "flowmap" else start
     # FGM has no discriminator. Its online flow, a copy of the teacher, is stored as net.disc
     disc = trained(teacher) if cfg.method == "fgm" else discriminator(cfg, shape)
     net = SimpleNamespace(teacher=teacher, student=trained(start), target=copy_of(start),

@@ -14,7 +14,7 @@ import captions
 from config import LATENT_SETS, MACHINE, POINT_SETS, Config
 from harness import UserError, checkpoint, first_line, machine
 from harness.pictures import to_uint8
-from model import copy_of, velocity_network
+from model import copy_of, flow_map, velocity_network
 
 
 SHIPPED = Path(__file__).parent.parent / "weights"     # small students of the repository
@@ -72,7 +72,10 @@ def open_network(file, **given):
     cfg = checkpoint.config_of(content, **here | given)
     device = machine.choose_device(cfg)
     network = velocity_network(cfg, content["shape"])
+    if cfg.method == "flowmap" and content["kind"].startswith("student"):
+        network = flow_map(network)
     checkpoint.load_weights(network, content["ema"], file)
+    network.one_step = cfg.method == "fgm" and content["kind"].startswith("student")
     return machine.prepare(copy_of(network), cfg, device), content, cfg
 
 

@@ -1,17 +1,21 @@
 """The paper's tables as grids of runs: `python -m study.ablation losses`.
 
-    losses   as Table 4: CD, + GAN and truncation, + RF, + BI; draws Figure 6
-    weights  in the manner of Table 5: the weights of the losses, one changed at a time
-    times    in the manner of Table 6: t_trunc, t_skip and mu, one changed at a time
-    methods  as Table 3: SCFlow and the baselines, all with the same compute
+    losses   Table 4: CD, + GAN and truncation, + RF, + BI; draws Figure 6
+    weights  Table 5: the weights of GAN, RF and BI, changed together; ours: one at a time
+    times    Table 6: t_trunc, mu and t_skip, one changed at a time
+    methods  Table 3: SCFlow and the baselines, all with the same compute
+    fgm      FGM with SCFlow's and with RealUID's recipe, with the same compute as SCFlow
     guidance w against t_trunc, with CD alone and with all losses (needs --condition); draws both
 
-Each cell is a run in runs/ablation/<dataset>/ with its measurements. Finished cells are kept,
-stopped ones continue, and tables share the runs that they have in common.
+Rows that the paper's table does not have are marked (ours). Each cell is a run in
+runs/ablation/<dataset>/ with its measurements. Finished cells are kept, stopped ones continue, and
+tables share the runs that they have in common. `--only teacher`, then several processes with --only
+and other rows, fill a table in parallel; the same command without --only then collects it.
 """
 
 import json
 import math
+import re
 import statistics
 from dataclasses import fields, replace
 from pathlib import Path
@@ -31,9 +35,15 @@ from harness.script import given_flags, make_parser, run_script
 from study import baselines
 
 ROOT = Path("runs/ablation")
-TABLES = {"losses": "Table 4, the losses one after the other", "weights": "weights of the losses",
-          "times": "times and averages", "methods": "Table 3, methods with the same compute",
+TABLES = {"losses": "Table 4, the losses one after the other",
+          "weights": "Table 5, weights of GAN, RF and BI", "times": "Table 6, times and averages",
+          "methods": "Table 3, methods with the same compute", "fgm": "recipes of FGM",
           "guidance": "guidance against truncation"}
+OURS = " (ours)"                   # marks a row that the paper's table does not have
+WEIGHTS = [(1.0, 1.0, 1.0), (0.4, 0.4, 0.4), (0.2, 0.2, 0.2), (0.1, 0.1, 0.1), (1.0, 0.1, 0.1),
+           (0.1, 1.0, 1.0)]        # l_gan, l_rf, l_bi of Table 5
+TIMES = {"t_trunc": (0.0, 0.1, 0.2, 0.4, 0.5), "mu": (0.9, 0.95), "t_skip": (0.1, 0.2)}   # Table 6
+MORE_TIMES = {"t_trunc": (0.6,), "mu": (0.0, 0.5, 0.99), "t_skip": (0.02, 0.05)}
 GUIDANCE, TRUNCATION = (1.0, 1.5, 3.0), (0.1, 0.2, 0.4)        # w and t_trunc of that table
 # settings that the table itself chooses; all others are flags
 CHOSEN = ("dataset", "out", "seed", "resume", "overwrite", "download", "method", "losses",
@@ -44,8 +54,11 @@ def cells(kind, default):
     """{label: the settings that differ from the data set's own}, in the order of the table."""
     if kind == "losses":
         return {"CD": dict(losses=("cd",), t_trunc=0.0),
+                "CD, truncation" + OURS: dict(losses=("cd",), t_trunc=default.t_trunc),
+                "+ GAN" + OURS: dict(losses=("cd", "gan"), t_trunc=0.0),
                 "+ GAN, truncation": dict(losses=("cd", "gan")),
-                "+ RF": dict(losses=("cd", "gan", "rf")), "+ BI (all)": {}}
+                "+ RF": dict(losses=("cd", "gan", "rf")), "+ BI (all)": {},
+                "all without CD" + OURS: dict(losses=("gan", "rf", "bi"))}
     if kind == "methods":
         return {"SCFlow": {}, "cd": dict(method="cd", t_trunc=0.0),
                 **{m: dict(method=m) for m in baselines.STEPS}}
@@ -53,23 +66,41 @@ def cells(kind, default):
         return {f"{name}, w = {w:g}, t_trunc = {t:g}": dict(guidance=w, t_trunc=t, **losses)
                 for name, losses in (("CD", dict(losses=("cd",))), ("all", {}))
                 for w in GUIDANCE for t in TRUNCATION}
-    table = {"default": {}}
+    if kind == "fgm":
+        return {f"alpha = {alpha:g}, {name}": dict(method="fgm", fgm_alpha=alpha, **recipe)
+                for name, recipe in fgm_recipes(default).items() for alpha in (1.0, 0.5)}
     if kind == "times":
-        values = {"t_trunc": (0.0, 0.1, 0.2, 0.4, 0.6), "t_skip": (0.02, 0.05, 0.1, 0.2),
-                  "mu": (0.0, 0.5, 0.9, 0.99)}
-    else:
-        table["0.1, 0.1, 0.1 (paper)"] = dict(l_gan=0.1, l_rf=0.1, l_bi=0.1)
-        values = {name: [float(f"{getattr(default, name) * f:.3g}") for f in (0, 1 / 3, 1, 3)]
-                  for name in ("l_gan", "l_rf", "l_bi")}
-    return table | {f"{name} = {value:g}": {name: value} for name, some in values.items()
-                    for value in some if value != getattr(default, name)}
+        return {f"{name} = {value:g}{mark}": {name: value} for name in TIMES
+                for mark, table in (("", TIMES), (OURS, MORE_TIMES)) for value in table[name]}
+    names = ("l_gan", "l_rf", "l_bi")
+    table = {"{:g}, {:g}, {:g}".format(*row): dict(zip(names, row)) for row in WEIGHTS}
+    table["default" + OURS] = {}
+    return table | {f"{name} = {value:g}{OURS}": {name: value} for name in names
+                    for value in (rounded(getattr(default, name) * k) for k in (0, 1 / 3, 3))}
 
 
-def folder_name(settings):
-    """A folder's name for the settings of a cell."""
-    if ("losses" in settings or "method" in settings) and "guidance" not in settings:
-        settings = {k: v for k, v in settings.items() if k != "t_trunc"}
-    return "-".join(f"{k}-{words(v).replace(' ', '-')}" for k, v in settings.items()) or "scflow"
+def fgm_recipes(default):
+    """{name: settings}: SCFlow's, and RealUID's with SCFlow's learning rates divided by 1, 3, 10.
+
+    RealUID has 3e-5 for a UNet of CIFAR-10, which tells nothing of the rate that another needs.
+    """
+    realuid = dict(betas=(0.0, 0.999), disc_betas=(0.0, 0.999), fgm_clip=1.0)
+    return {"SCFlow's recipe": {}} | {
+        f"RealUID's, rates / {k}": realuid | dict(lr=rounded(default.lr / k),
+                                                  disc_lr=rounded(default.disc_lr / k))
+        for k in (1, 3, 10)}
+
+
+def rounded(value):
+    return float(f"{value:.3g}")
+
+
+def folder_name(settings, default):
+    """A folder's name for the settings of a cell: what differs from the default."""
+    gan = settings.get("method") != "cd" and "gan" in settings.get("losses", default.losses)
+    usual = {**vars(default), "t_trunc": default.t_trunc if gan else 0.0}
+    return "-".join(f"{k}-{words(v).replace(' ', '-')}" for k, v in settings.items()
+                    if v != usual[k]) or "scflow"
 
 
 # ------------------------------------------------------------------------------- equal compute
@@ -129,22 +160,32 @@ def costs(trained):
 # ------------------------------------------------------------------------------------- one table
 
 
-def runs(kind, dataset, seeds, given, diverged):
+def runs(kind, dataset, seeds, given, only, diverged):
     """Trains what is missing; yields (label, seed, path of a teacher.pt or student.pt) in turn.
 
-    Appends a sentence to `diverged` for each cell whose loss became nan.
+    `only` names the rows to train, all if empty. Appends a sentence to `diverged` for each cell
+    whose loss became nan.
     """
     root, default = ROOT / dataset, make_config(dataset, **given)
+    table = cells(kind, default)
+    if unknown := set(only) - {"teacher", *table}:
+        raise UserError(f"--only {', '.join(sorted(unknown))} is no row of {kind}; its rows are: "
+                        f"{'; '.join(['teacher', *table])}")
     for seed in seeds:
-        cfg = make_config(dataset, **given, seed=seed, out=str(root / f"teacher-{seed}"))
-        with Run(cfg, go_on=True) as run:
-            phi = teacher.find_or_train(run)
+        run = Run(make_config(dataset, **given, seed=seed, out=str(root / f"teacher-{seed}")),
+                  go_on=True)
+        phi = run.find_teacher()
+        if phi != run.path("teacher"):             # processes with --only share the finished one
+            with run:
+                phi = teacher.find_or_train(run)
         yield "teacher", seed, phi
 
-        for label, settings in cells(kind, default).items():
+        for label, settings in table.items():
+            if only and label not in only:
+                continue
             cfg = make_config(dataset, **given | settings, seed=seed, teacher_checkpoint=str(phi),
-                              out=str(root / f"{folder_name(settings)}-{seed}"))
-            if kind == "methods" and cfg.method != "scflow":
+                              out=str(root / f"{folder_name(settings, default)}-{seed}"))
+            if kind in ("methods", "fgm") and cfg.method != "scflow":
                 cfg = equal_compute(cfg, compute(default))
             print(f"\n{cfg.out}")
             try:
@@ -185,7 +226,7 @@ def make_table(args, given):
     rows, trained, ladder, diverged, reference = [], {}, [], [], None
 
     seeds = range(args.seed, args.seed + args.seeds)
-    for label, seed, path in runs(args.kind, args.dataset, seeds, given, diverged):
+    for label, seed, path in runs(args.kind, args.dataset, seeds, given, args.only, diverged):
         network, content, cfg = sample.open_network(path, **machine)
         if reference is None:
             reference, settings, teacher_nfes = evaluate.prepare(args, default, shape, network)
@@ -194,14 +235,16 @@ def make_table(args, given):
         for w in several:
             guided = sample.with_guidance(network, content, cfg, w)
             rows += measured(path, label if w is None else f"{label}, w = {w:g}", nfes, guided,
-                             reference, settings, args.seed)
+                             reference, settings, seed)
         if label != "teacher":
             trained.setdefault(label, []).append((cfg, content.get("seconds", 0)))
-        if seed == args.seed and args.kind == "losses":
+        if seed == args.seed and args.kind == "losses" and OURS not in label and not args.only:
             ladder.append((label, network, (1, 4)))
 
     text = evaluate.report(args.dataset, reference, rows, args.solver)
-    evaluate.write(args.out or root / args.kind, args.dataset, reference, rows,
+    part = [*args.only, str(args.seed)] if args.only else []
+    name = re.sub(r"[^\w.]+", "-", " ".join([args.kind, *part]))
+    evaluate.write(args.out or root / name, args.dataset, reference, rows,
                    "\n\n".join([f"{TABLES[args.kind]}: {text}", costs(trained), *diverged]),
                    ablation=args.kind, seeds=args.seeds, solver=args.solver, diverged=diverged,
                    costs=costs(trained))
@@ -246,6 +289,8 @@ def main(argv=None):
     parser = make_parser(__doc__)
     parser.add_argument("kind", choices=tuple(TABLES), help="which table")
     parser.add_argument("--dataset", choices=DATASETS, default=Config.dataset, help="[%(default)s]")
+    parser.add_argument("--only", nargs="+", default=[], metavar="ROW", help="train and measure "
+                        "these rows alone, and the teacher; writes a table of its own")
     names = [f.name for f in fields(Config) if f.name not in CHOSEN]
     args = evaluate.parse(parser, argv, names, "train each cell with so many seeds; the table "
                           "shows medians and half the range [1]", "runs/ablation/DATASET/KIND")

@@ -1,13 +1,15 @@
 """What SCFlow is compared with (the paper's Table 3, and FGM): `python train.py --method reflow`.
 
     cd              plain consistency distillation: L_CD alone, not truncated (no code of its own)
+    flowmap         CD for steps that end at any r, not only at 0; the network is told r
     reflow          2-RF: Eq. 1 once more, on pairs that the teacher made
     reflow-distill  2-RF, then one-step regression on pairs that 2-RF made
     fgm             flow generator matching: one step, no data, an online flow beside the teacher
 
 Each step takes the arguments of scflow_step in train.py, and replaces it. Student, teacher,
-learning rates and averages are the same. FGM's authors state no learning rates that we could
-obtain; RealUID's run of FGM has 3e-5, betas 0 and 0.999, and gradients clipped at 1.
+learning rates and averages are the same. How FGM's authors train it we could not obtain. RealUID's
+run of FGM (arXiv 2509.22459) has alpha 0.5, rates of 3e-5, betas 0 and 0.999 and a clip of 1, for
+both networks: `study.ablation fgm` compares.
 """
 
 import math
@@ -16,11 +18,12 @@ import zlib
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from harness import UserError, checkpoint, machine
 from harness.saved import at_a_time
-from losses import flow_matching_loss, interpolate, z0_prediction
+from losses import distance, expand, flow_matching_loss, interpolate, time_skip, z0_prediction
 from model import ema_update
 from sample import draw, noise
 
@@ -28,15 +31,46 @@ PAIRS_SEED = 1_000_003             # the noise of pairs differs from that of any
 FAKE_STEPS = 5                     # online-flow updates per generator update, as in RealUID
 
 
-def learn(net, cfg, loss):
+def learn(net, cfg, loss, clip=math.inf):
     """Steps theta by the gradient of loss, then its average; returns the gradient's norm."""
     theta = [p for p in net.student.parameters() if p.requires_grad]
     loss.backward(inputs=theta)
-    grad_norm = torch.nn.utils.get_total_norm([p.grad for p in theta])
+    grad_norm = clip_grad_norm_(theta, clip)
     net.opt.step()
     net.opt.zero_grad()
     ema_update(net.ema, net.student, cfg.ema)
     return grad_norm
+
+
+# ------------------------------------------------------------------------------------- flow map
+
+
+def flow_map_loss(student, target, v, zt, t, s, r, y=None, metric="pseudo-huber", c=0.01):
+    """One step from t to r lands where a step to s by the teacher and theta~'s from s to r lands.
+
+    zt - (t - r) u(zt, t, r) = z_s - (s - r) u~(z_s, s, r), with z_s = zt - (t - s) v, for times
+    r <= s <= t (B,) and the teacher's v (B, ...) at (zt, t): SplitMeanFlow's identity, without a
+    derivative. u is the mean velocity between t and r. r = 0 is L_CD, not truncated.
+    """
+    with torch.no_grad():
+        z_s = zt - expand(t - s, zt) * v
+        goal = z_s - expand(s - r, zt) * target(z_s, s, y, r)
+    return distance(zt - expand(t - r, zt) * student(zt, t, y, r), goal, metric, c)
+
+
+def flow_map_step(net, batch, step, cfg, draws):
+    """Distils the teacher into a flow map: r is 0 for 1 in 4 samples, else uniform below s."""
+    z0, y = batch
+    z1, t, u = draws.normal(*z0.shape), draws.uniform(len(z0)), draws.uniform(len(z0))
+    s = t - time_skip(t, u, u, cfg.t_skip)[0]
+    r = s * (draws.uniform(len(z0)) * 4 / 3 - 1 / 3).clamp(min=0)
+    zt = interpolate(z0, z1, t)
+    with torch.no_grad():
+        v = net.teacher(zt, t, y)
+    loss = flow_map_loss(net.student, net.target, v, zt, t, s, r, y, cfg.metric, cfg.huber_c)
+    terms = {"map": loss, "grad_norm": learn(net, cfg, loss)}
+    ema_update(net.target, net.student, cfg.mu)
+    return terms
 
 
 # ------------------------------------------------------------------------------ reflow, distill
@@ -128,8 +162,9 @@ def fgm_loss(u, v, c, alpha=1.0):
 
     u, v are the velocities of teacher and online flow at the generator's own zt, c = z1 - z0, all
     (B, ...); gradients flow through zt and c. Mean over all elements. alpha = 0.5 is L1 + L2 of
-    Huang et al. (arXiv 2410.19310), which RealUID (arXiv 2509.22459) measured; alpha = 1 is L2
-    alone, the paper's practice as others report it. Rebuilt from RealUID and public reviews.
+    Huang et al. (arXiv 2410.19310), as derived. RealUID measured this (its own letter alpha is 1
+    there). alpha = 1 is L2 alone, the paper's practice as others report it. Rebuilt from RealUID
+    and public reviews.
     """
     return 2 * ((u - v) * (u - c) - alpha * (u - v).square()).mean()
 
@@ -141,6 +176,7 @@ def fgm_step(net, batch, step, cfg, draws):
     the discriminator, `net.disc`, and its optimiser. z0 gives only the shape; no data are used.
     """
     z0, y = batch
+    clip = cfg.fgm_clip / z0[0].numel() or math.inf            # the losses here are means
 
     def generate():
         z1 = draws.normal(*z0.shape)
@@ -156,14 +192,16 @@ def fgm_step(net, batch, step, cfg, draws):
             zt, t, c = noised(generate())
         loss = F.mse_loss(net.disc(zt, t, y), c)
         loss.backward()
+        clip_grad_norm_(net.disc.parameters(), clip)
         net.opt_disc.step()
         net.opt_disc.zero_grad()
 
     zt, t, c = noised(generate())
-    fgm = fgm_loss(net.teacher(zt, t, y), net.disc(zt, t, y), c)
-    return {"fake": loss, "fgm": fgm, "grad_norm": learn(net, cfg, fgm)}
+    fgm = fgm_loss(net.teacher(zt, t, y), net.disc(zt, t, y), c, cfg.fgm_alpha)
+    return {"fake": loss, "fgm": fgm, "grad_norm": learn(net, cfg, fgm, clip)}
 
 
-STEPS = {"reflow": (reflow_step, ("fm", "grad_norm")),          # one iteration, and what it logs
+STEPS = {"flowmap": (flow_map_step, ("map", "grad_norm")),      # one iteration, and what it logs
+         "reflow": (reflow_step, ("fm", "grad_norm")),
          "reflow-distill": (distill_step, ("onestep", "grad_norm")),
          "fgm": (fgm_step, ("fake", "fgm", "grad_norm"))}

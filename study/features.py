@@ -126,7 +126,7 @@ def extractor(cfg, spec=None, device="cpu"):
         name, function = spec, function_of(spec)
     elif cfg.dataset in CAPTION_SETS:
         name, function = "means of 4 x 4 pixels", lambda x: F.avg_pool2d(x, 4).flatten(1)
-    elif cfg.dataset in LATENT_SETS:
+    elif cfg.dataset in (*LATENT_SETS, "cifar10"):
         name, function = "Inception features", inception(device)
     else:
         classifier = mnist_classifier(cfg.data_dir)

@@ -1,7 +1,9 @@
 """What the numbers rest on: measures against references, features, baselines, tables, figures."""
 
+import hashlib
 import json
 import math
+import pickle
 import shutil
 import signal
 import sys
@@ -14,6 +16,7 @@ import pytest
 import torch
 from PIL import Image, ImageSequence
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision import datasets
 
 import data
 import evaluate
@@ -22,9 +25,12 @@ import train
 from config import make_config
 from harness import UserError
 from harness.log import Diverged
-from model import copy_of, velocity_network
-from running import call, copy_faces, gen, is_picture, read, refused, rows, same, works
-from study import ablation, baselines, features, oversaturation, speed
+from losses import consistency_loss, distance, expand, interpolate, time_skip, z0_prediction
+from model import copy_of, flow_map, velocity_network
+from harness.run import Run
+from harness.script import parse_config
+from running import call, copy_faces, gen, half, is_picture, read, refused, rows, same, works
+from study import ablation, baselines, dimension, features, oversaturation, speed
 
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 SMALL = ("--steps 12 --teacher-steps 12 --channels 16 --blocks 1 --disc-channels 8 --batch-size 32 "
@@ -244,6 +250,76 @@ def test_latents_are_measured_as_images(faces_dir, taef2_files):
     assert all(r["distance"] > 0 and r["spread"] > 0 for r in saved["rows"])
 
 
+# ------------------------------------------------------------------------------ CIFAR-10
+
+
+@pytest.fixture
+def cifar10_files(tmp_path, monkeypatch):
+    """150 images of noise as torchvision stores CIFAR-10; nothing can be downloaded."""
+    folder, random = tmp_path / "data/cifar-10-batches-py", np.random.default_rng(0)
+    folder.mkdir(parents=True)
+
+    def written(name, **content):
+        (folder / name).write_bytes(pickle.dumps(content))
+        return [name, hashlib.md5((folder / name).read_bytes()).hexdigest()]
+
+    def batch(name, n):
+        return written(name, data=random.integers(0, 256, (n, 3072), np.uint8),
+                       labels=[i % 10 for i in range(n)])
+
+    made = dict(train_list=[batch(f"data_batch_{i}", 30) for i in range(1, 6)],
+                test_list=[batch("test_batch", 20)], url="http://127.0.0.1:9/cifar-10.tar.gz")
+    name, md5 = written("batches.meta", label_names=[str(i) for i in range(10)])
+    made["meta"] = {"filename": name, "key": "label_names", "md5": md5}
+    for attribute, value in made.items():
+        monkeypatch.setattr(datasets.CIFAR10, attribute, value)
+    monkeypatch.setenv("no_proxy", "*")
+    return folder
+
+
+CIFAR = ("--dataset cifar10 --channels 8 --mult 1 2 --blocks 1 --heads 2 --disc-channels 8 --steps "
+         "2 --teacher-steps 2 --batch-size 8 --teacher-batch-size 8 --patch-size 4 --threads 1 "
+         "--device cpu")
+
+
+def test_cifar10_is_learnt_by_class_and_measured(cifar10_files, no_pictures):
+    with open(cifar10_files / "data_batch_1", "rb") as file:
+        first = pickle.load(file)["data"][0].reshape(3, 32, 32)
+    images, labels = data.images_of(make_config("cifar10", condition="class"))
+    assert images.shape == (300, 3, 32, 32) and labels[:12].tolist() == [*range(10), 0, 1]
+    assert (images[0].numpy() == first).all() and torch.equal(images[150], images[0].flip(2))
+
+    Path("own_few.py").write_text(
+        "def few(x):\n    return x[:, :, ::8, ::8].flatten(1)[:, :6]\n")
+    for more in ("--condition class", "--method fgm --out fgm"):
+        works(f"train.py {CIFAR} {more}")
+    assert read("runs/cifar10/student.pt")["config"]["num_classes"] == 10
+    printed = works("evaluate.py --checkpoint fgm/student.pt --n 40 --nfe 1 2 --threads 1 --device "
+                    "cpu --features own_few:few")
+    assert "own_few:few, 40 samples against 150 images" in printed
+    student = [r for r in json.loads(Path("fgm/evaluation.json").read_text())["rows"]
+               if r["network"] == "student"]
+    assert [r["nfe"] for r in student] == [1]      # FGM's network saw t = 1 alone
+
+
+def test_cifar10_cut_short_or_absent(cifar10_files):
+    half(cifar10_files / "data_batch_3")
+    refused(f"train.py {CIFAR}", "read CIFAR10", "cifar-10-batches-py")
+    shutil.rmtree(cifar10_files)
+    refused(f"train.py {CIFAR}", "download CIFAR10", "--data-dir")
+    refused(f"train.py {CIFAR} --data-dir nowhere", "nowhere", "cifar-10-batches-py")
+
+
+@pytest.mark.parametrize("more, wanted", [
+    ("", dict(channels=64, lr=1e-4, betas=(0.9, 0.999))),
+    ("--model paper", dict(channels=128, blocks=4, teacher_steps=400_000, fgm_alpha=1.0)),
+    ("--model paper --method fgm", dict(channels=128, lr=3e-5, disc_betas=(0.0, 0.999),
+                                        fgm_alpha=0.5, fgm_clip=1.0))], ids=str)
+def test_presets_of_cifar10(more, wanted):
+    cfg = parse_config("", ["--dataset", "cifar10", *more.split()])[0]
+    assert {name: getattr(cfg, name) for name in wanted} == wanted
+
+
 # ------------------------------------------------------------------------------ baselines
 
 
@@ -267,7 +343,7 @@ def test_a_baseline_end_to_end(method, moons_run):
         assert same(read("rung/student.pt")["ema"], student["ema"])
 
 
-@pytest.mark.parametrize("method, stop", [("reflow", 5), ("reflow-distill", 5),
+@pytest.mark.parametrize("method, stop", [("reflow", 5), ("reflow-distill", 5), ("flowmap", 11),
                                           ("reflow-distill", 11), ("fgm", 11)])
 def test_a_baseline_resumes_bit_for_bit(method, stop, moons_run, monkeypatch):
     line = f"train.py --dataset moons --method {method} {SMALL} {PAIRS} --threads 1"
@@ -363,6 +439,92 @@ def test_pairs_teach_the_straight_velocity_between_them(method):
     assert loss == pytest.approx((z1 - z0 - v).square().mean().item())
 
 
+def maps(shape):
+    """Two flow maps, as student and theta~, that answer differently for every r."""
+    cfg = make_config("moons" if len(shape) == 1 else "mnist", channels=16, blocks=1)
+    networks = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        networks.append(flow_map(velocity_network(cfg, shape)))
+        for p in networks[-1].parameters():        # layers that begin at zero, too
+            p += 0.1 * torch.randn(p.shape)
+    return networks
+
+
+@pytest.mark.parametrize("shape", [(2,), (1, 8, 8)], ids=str)
+@pytest.mark.parametrize("metric", ["pseudo-huber", "l2"])
+def test_the_flow_map_loss_with_r_at_0_is_plain_consistency(shape, metric):
+    student, target = maps(shape)
+    zt, v, z0 = (torch.randn(32, *shape, generator=gen(i)) for i in range(3))
+    t = torch.rand(32, generator=gen(3))
+    d_s, _ = time_skip(t, *torch.rand(2, 32, generator=gen(4)), 0.1)
+    s, step = t - d_s, expand(d_s, zt)
+    f_t, f_lo = z0_prediction(student, zt, t), z0_prediction(target, zt - step * v, s)
+    wanted = consistency_loss(f_t, f_lo, z0, t, s, 0.0, "landing", metric)
+    got = baselines.flow_map_loss(student, target, v, zt, t, s, torch.zeros(32), None, metric)
+    assert got.item() == pytest.approx(wanted.item(), rel=1e-5)
+    # if r = s, the step is the teacher's
+    wanted = distance(step * student(zt, t, None, s), step * v)
+    got = baselines.flow_map_loss(student, target, v, zt, t, s, s)
+    assert got.item() == pytest.approx(wanted.item(), rel=1e-4)
+
+
+class GaussianMap(torch.nn.Module):
+    """The exact flow map of N(0, 1): its paths are z1 s(t), so a step multiplies by s(r) / s(t)."""
+
+    span_emb = "told r"
+
+    def forward(self, zt, t, y=None, r=None):
+        t, r = t[:, None], torch.zeros(1, 1) if r is None else r[:, None]
+        return zt * (1 - oversaturation.s(r) / oversaturation.s(t)) / (t - r)
+
+
+def test_the_flow_map_of_a_gaussian_in_closed_form():
+    z1, exact = torch.randn(64, 1, generator=gen()).double(), GaussianMap()
+    for nfe in (1, 2, 4, 16):                      # no oversaturation: std 1 with any number
+        *_, (_, _, z0) = sample.euler(exact, z1, nfe)
+        assert torch.allclose(z0, z1, atol=1e-6)
+    # it is the fixed point: what is left is the teacher's Euler step, whose error is of order 2
+    t, errors = torch.linspace(0.3, 1, 64).double(), []
+    zt = z1 * oversaturation.s(t)[:, None]
+    v = zt * ((2 * t - 1) / oversaturation.s(t) ** 2)[:, None]           # z s'(t) / s(t)
+    for d in (0.1, 0.05):
+        loss = baselines.flow_map_loss(exact, exact, v, zt, t, t - d, t / 3, metric="l2")
+        errors.append(loss.item())
+    assert errors[0] < 1e-3 and errors[0] / errors[1] == pytest.approx(2**4, rel=0.25)
+
+
+def test_a_new_flow_map_is_its_teacher_and_then_depends_on_r():
+    torch.manual_seed(0)
+    for shape, cfg in (((2,), make_config("moons")), ((1, 28, 28), make_config("mnist"))):
+        network, z, t = velocity_network(cfg, shape), torch.randn(4, *shape), torch.rand(4)
+        told = flow_map(network)
+        assert torch.equal(told(z, t, None, t / 2), network(z, t))
+        assert network.span_emb is None            # the teacher stays as it is
+    student, _ = maps((2,))
+    z, t = torch.randn(4, 2), torch.rand(4)
+    assert torch.equal(student(z, t), student(z, t, None, torch.zeros(4)))
+    assert (student(z, t) - student(z, t, None, t / 2)).abs().min() > 1e-4
+
+
+def test_a_flow_map_learns_steps_to_any_r_and_one_in_four_to_0():
+    cfg, net, draws = run_of("flowmap", batch_size=2000)
+    seen = {}
+    for name in ("student", "target"):
+        getattr(net, name).register_forward_hook(
+            lambda m, args, out, name=name: seen.update({name: args}))
+    before = [p.clone() for p in net.target.parameters()]
+    baselines.flow_map_step(net, (gaussians(2000, 1), None), 0, cfg, draws)
+    (_, t, _, r), (_, s, _, again) = seen["student"], seen["target"]
+    assert torch.equal(r, again) and (r <= s).all() and (s <= t).all()
+    assert (t - s).max() <= cfg.t_skip + 1e-6
+    assert (r == 0).float().mean() == pytest.approx(0.25, abs=0.03)
+    below = (r / s)[r > 0]
+    assert below.mean() == pytest.approx(0.5, abs=0.03) and below.std() == pytest.approx(
+        12 ** -0.5, abs=0.02)
+    assert not same(list(net.target.parameters()), before)
+
+
 def test_fgm_loss_is_the_identity_of_its_parts():
     u, v, c = (gaussians(50, i) for i in range(3))
     l2 = 2 * ((u - v) * (v - c)).mean().item()
@@ -389,6 +551,26 @@ def test_fgm_steps_generator_and_flow_without_data():
     assert all(p.grad is None for n in (net.teacher, net.disc) for p in n.parameters())
 
 
+def test_fgms_alpha_and_clip_reach_both_networks(monkeypatch):
+    moved, alphas = {}, []
+    real = baselines.fgm_loss
+    monkeypatch.setattr(baselines, "fgm_loss", lambda u, v, c, alpha: alphas.append(alpha) or real(
+        u, v, c, alpha))
+    for clip in (0.0, 1e-3):
+        cfg, net, draws = run_of("fgm", fgm_clip=clip, fgm_alpha=0.5)
+        net.opt, net.opt_disc = (torch.optim.SGD(n.parameters(), 1.0)
+                                 for n in (net.student, net.disc))
+        start = [torch.cat([p.flatten() for p in n.parameters()]) for n in (net.student, net.disc)]
+        terms = baselines.fgm_step(net, (gaussians(64, 1), None), 0, cfg, draws)
+        moved[clip] = [(torch.cat([p.flatten() for p in n.parameters()]) - a).norm().item()
+                       for n, a in zip((net.student, net.disc), start)]
+        assert terms["grad_norm"] > 1e-3           # the one before the clip
+    # for sums over the two coordinates the limit is 1e-3, so for means it is half of it
+    assert moved[1e-3][0] == pytest.approx(5e-4, rel=0.01) and moved[0.0][0] > 1e-3
+    assert moved[1e-3][1] <= baselines.FAKE_STEPS * 5.1e-4 < moved[0.0][1]
+    assert alphas == [0.5, 0.5]
+
+
 def test_fgm_learns_a_gaussian_from_its_exact_teacher():
     """Teacher N(m, s^2) in closed form; a generator of two numbers finds m and s, without data."""
     def exact(zt, t, mean, std):                   # the velocity of independent noise
@@ -412,6 +594,55 @@ def test_fgm_learns_a_gaussian_from_its_exact_teacher():
     assert (mean, abs(std)) == pytest.approx((1.5, 0.5), abs=0.12)
 
 
+# ------------------------------------------------------------------------------ dimensions
+
+
+@pytest.mark.parametrize("n, size", [(2, 1.0), (6, 1.0), (6, 3 ** 0.5)])
+def test_a_lifted_gaussian_has_its_exact_velocity(n, size):
+    """z0 = size x Q with x ~ N(0, I): both parts of E[z1 - z0 | zt] are known."""
+    flat = Field(lambda zt, t: zt * (2 * t - 1) / oversaturation.s(t) ** 2)
+    plane = torch.linalg.qr(torch.randn(n, 2, generator=gen())).Q.T
+    zt, t = torch.randn(50, n, generator=gen(1)), torch.rand(50, generator=gen(2)).clamp(min=0.05)
+    across = t[:, None]
+    inside = zt @ plane.T @ plane
+    wanted = (zt - inside) / across + inside * (across - (1 - across) * size**2) / (
+        (1 - across) ** 2 * size**2 + across**2)
+    assert torch.allclose(dimension.Lifted(flat, plane, size)(zt, t), wanted, atol=1e-4)
+
+
+def test_gradients_are_those_of_means_over_the_elements():
+    cfg = make_config("checkerboard", metric="l2", t_trunc=0.0)
+    plane = torch.linalg.qr(torch.randn(8, 2, generator=gen())).Q.T
+    network = dimension.Lifted(velocity_network(cfg, (2,)), plane, 2.0)
+    net = train.begin(network.requires_grad_(False), network, cfg, (8,), torch.device("cpu"))
+    z0, draws = 2.0 * gaussians(64, 0) @ plane, data.Draws(0)
+    norms = dimension.gradients(net, z0, cfg, draws)
+    draws.at(0)
+    z1, t, u = draws.normal(64, 8), draws.uniform(64), draws.uniform(64)
+    with torch.no_grad():
+        x1 = z0_prediction(network, z1, torch.ones(64))
+        gap = x1 - z0_prediction(network, interpolate(x1, z1, t), t)
+        zt, d = interpolate(z0, z1, t), expand(time_skip(t, u, u, cfg.t_skip)[0], z0)
+        lower = z0_prediction(network, zt - d * network(zt, t), t - d[:, 0])
+        gaps = {"RF": gap, "CD": z0_prediction(network, zt, t) - lower}
+    for name, gap in gaps.items():                 # of the mean square: 2 gap / N
+        wanted = (2 * gap.norm(dim=1) / 8).mean().item()
+        assert norms[name].item() == pytest.approx(wanted, rel=1e-3)
+
+
+def test_the_table_of_dimensions(monkeypatch):
+    monkeypatch.setattr(dimension, "POINTS", 200)
+    printed = works("study.dimension --steps 3 --n 2 5 --out table --threads 1")
+    assert "| N | elements " in printed and printed.count("| 5 |") == 2
+    rows = json.loads(Path("table.json").read_text())
+    assert [(r["N"], r["elements"]) for r in rows] == [
+        (n, name) for name in dimension.SIZES for n in (2, 5)]
+    assert all(r["GAN / CD"] > 0 and r["NFE 16"] > 0 for r in rows)
+    first, other = rows[0] | {"elements": ""}, rows[2] | {"elements": ""}
+    assert first == other                          # with N = 2 both are the points themselves
+    refused("study.dimension --n 1", "--n 1", "2")
+
+
 # ------------------------------------------------------------------------------ the paper's tables
 
 
@@ -419,15 +650,27 @@ def small_table(kind, more=""):
     return f"study.ablation {kind} --dataset moons {SMALL} {PAIRS} --nfe 1 2 --n 200 {more}"
 
 
-def test_the_ladder_is_trained_measured_and_kept(monkeypatch):
+@pytest.fixture
+def only_tables(monkeypatch):
+    """Cells of a table draw no pictures of their own, which would cost more than they do."""
+    monkeypatch.setattr(Run, "pictures", lambda *_: [])
+
+
+def test_the_ladder_is_trained_measured_and_kept(monkeypatch, only_tables):
     printed = works(small_table("losses", "--seeds 2"))
-    for rung in ("CD", "+ GAN, truncation", "+ RF", "+ BI (all)", "teacher", "data against data"):
+    for rung in ("CD", "CD, truncation (ours)", "+ GAN (ours)", "+ GAN, truncation", "+ RF",
+                 "+ BI (all)", "all without CD (ours)", "teacher", "data against data"):
         assert f"| {rung} " in printed
     root = Path("runs/ablation/moons")
-    assert is_picture(root / "figure6.png") and len(list(root.glob("*-[01]"))) == 2 * 5
+    assert is_picture(root / "figure6.png") and len(list(root.glob("*-[01]"))) == 2 * 8
     saved = json.loads((root / "losses.json").read_text())
-    assert len(saved["rows"]) == 2 * (3 + 4 * 2) and saved["ablation"] == "losses"
-    assert read(root / "losses-cd-0/student.pt")["config"]["t_trunc"] == 0
+    assert len(saved["rows"]) == 2 * (3 + 7 * 2) and saved["ablation"] == "losses"
+    assert {row["seed"] for row in saved["rows"]} == {0, 1}
+    for name, t_trunc, used in (("losses-cd", 0, "cd"), ("losses-cd-t_trunc-0.1", 0.1, "cd"),
+                                ("losses-cd-gan-t_trunc-0.0", 0, "cd gan"),
+                                ("losses-gan-rf-bi", 0.1, "gan rf bi")):
+        made = read(root / f"{name}-0/student.pt")["config"]
+        assert made["t_trunc"] == t_trunc and [*made["losses"]] == used.split()
     phi = read(root / "teacher-1/teacher.pt")["ema"]
     for name, is_phi in (("scflow-1", True), ("losses-cd-1", True), ("teacher-0", False)):
         assert same(read(root / name / "teacher.pt")["ema"], phi) == is_phi
@@ -454,21 +697,22 @@ def test_measurements_are_made_again_if_damaged_or_of_other_settings(monkeypatch
     assert len(calls) == 5                         # once at first, and once after each damage
 
 
-def test_an_interrupted_table_goes_on_with_the_teacher_that_is_there(moons_run, monkeypatch):
+def test_an_interrupted_table_goes_on_with_the_teacher_that_is_there(moons_run, monkeypatch,
+                                                                     only_tables):
     monkeypatch.setattr("teacher.train_teacher", None)
     with monkeypatch.context() as m:
         stop_at(12 + 7, m)                         # in the second cell
         ended = call(small_table("losses"))
     assert ended.code == 130 and "the same command continues" in ended.err
     root = Path("runs/ablation/moons")
-    first, second = (root / f"losses-{name}-0/student.pt" for name in ("cd", "cd-gan"))
+    first, second = (root / f"losses-{name}-0/student.pt" for name in ("cd", "cd-t_trunc-0.1"))
     made = first.stat().st_mtime_ns
     assert not second.exists()
     works(small_table("losses"))
     assert first.stat().st_mtime_ns == made
 
     # the second cell is what it is without an interruption
-    works(f"train.py --dataset moons {SMALL} {PAIRS} --losses cd gan --out whole "
+    works(f"train.py --dataset moons {SMALL} {PAIRS} --losses cd --t-trunc 0.1 --out whole "
           f"--teacher-checkpoint {root}/teacher-0/teacher.pt")
     assert same(read(second)["ema"], read("whole/student.pt")["ema"])
 
@@ -479,16 +723,43 @@ def test_an_interrupted_table_goes_on_with_the_teacher_that_is_there(moons_run, 
     assert sorted(Path("runs").rglob("*")) == before
 
 
-def test_times_and_weights_change_one_setting_each():
-    default = make_config("moons")
-    for kind, names in (("times", "t_trunc t_skip mu"), ("weights", "l_gan l_rf l_bi")):
+@pytest.mark.parametrize("kind, paper", [
+    ("weights", [dict(l_gan=a, l_rf=b, l_bi=c) for a, b, c in (
+        (1, 1, 1), (.4, .4, .4), (.2, .2, .2), (.1, .1, .1), (1, .1, .1), (.1, 1, 1))]),
+    ("times", [*(dict(t_trunc=x) for x in (0, .1, .2, .4, .5)), dict(mu=.9), dict(mu=.95),
+               dict(t_skip=.1), dict(t_skip=.2)])])
+def test_tables_have_the_papers_rows_and_mark_ours(kind, paper):
+    for default in make_config("moons"), make_config("mnist"), make_config("celebahq"):
         table = ablation.cells(kind, default)
-        assert len({ablation.folder_name(s) for s in table.values()}) == len(table)
-        assert table.pop("default") == {}
-        table.pop("0.1, 0.1, 0.1 (paper)", None)
-        assert {name for settings in table.values() for name in settings} == set(names.split())
-        for (name, value), in map(dict.items, table.values()):
-            assert value != getattr(default, name)
+        assert [row for label, row in table.items() if "(ours)" not in label] == paper
+        # a row that changes nothing shares the run of the default
+        folders = [ablation.folder_name(row, default) for row in table.values()]
+        unchanged = [all(getattr(default, k) == v for k, v in row.items())
+                     for row in table.values()]
+        assert [name == "scflow" for name in folders] == unchanged
+        assert len(set(folders) - {"scflow"}) == len(folders) - sum(unchanged)
+
+
+def test_rows_of_a_table_are_trained_alone_and_then_collected(monkeypatch, only_tables):
+    works(small_table("fgm", "--only teacher --seed 10"))
+    root, table = Path("runs/ablation/moons"), ablation.cells("fgm", make_config("moons"))
+    assert [p.name for p in sorted(root.glob("*-10"))] == ["teacher-10"]
+    monkeypatch.setattr(ablation, "equal_compute", lambda cfg, budget: cfg)
+    with Run(make_config("moons", out=str(root / "teacher-10"))):        # another process has it
+        for label in table:
+            printed = works(small_table("fgm", f"--seed 10 --only \"{label}\""))
+            assert f"| {label} " in printed and printed.count("| alpha = ") == 5
+    name = "fgm-alpha-0.5-RealUID-s-rates-10-10.json"
+    alone = [r for r in json.loads((root / name).read_text())["rows"] if "alpha" in r["network"]]
+    assert [(r["nfe"], r["seed"]) for r in alone] == [(1, 10)]           # NFE 2 is left blank
+    monkeypatch.setattr(evaluate, "measure", None)
+    monkeypatch.setattr(train, "begin", None)
+    works(small_table("fgm", "--seed 10"))
+    rows = json.loads((root / "fgm.json").read_text())["rows"]
+    assert [r["network"] for r in rows[3:]] == list(table) and alone[0] in rows
+    last = ablation.folder_name(table["alpha = 0.5, RealUID's, rates / 10"], make_config("moons"))
+    config = read(root / f"{last}-10/student.pt")["config"]
+    assert config["fgm_alpha"] == 0.5 and config["lr"] == config["disc_lr"] == 2e-4
 
 
 @pytest.mark.parametrize("method", train.STEPS)
@@ -512,15 +783,16 @@ def test_methods_have_the_compute_of_scflow():
     # without GAN and reflow 6 passes, with the GAN 9, with both 12
     assert budget == 500 * 6 + 500 * 9 + 4000 * 12
     pairs = 50_000 * 100 / 256
-    for method, steps in (("cd", budget / 5), ("reflow", (budget - pairs) / 3),
-                          ("reflow-distill", (budget - 2 * pairs) / 3), ("fgm", budget / 27)):
+    for method, steps in (("cd", budget / 5), ("flowmap", budget / 5), ("fgm", budget / 27),
+                          ("reflow", (budget - pairs) / 3),
+                          ("reflow-distill", (budget - 2 * pairs) / 3)):
         cfg = ablation.equal_compute(make_config("checkerboard", method=method), budget)
         assert cfg.steps == int(steps) and ablation.compute(cfg) == pytest.approx(budget, rel=1e-3)
     with pytest.raises(UserError, match="--pairs"):
         ablation.equal_compute(make_config("checkerboard", method="reflow"), pairs + 299)
 
 
-def test_the_methods_table_survives_a_cell_that_diverges(monkeypatch):
+def test_the_methods_table_survives_a_cell_that_diverges(monkeypatch, only_tables):
     def diverging(run, real=train.train):
         if run.cfg.method == "fgm":
             raise Diverged("fgm became nan at step 3, so the run stopped")
@@ -529,7 +801,7 @@ def test_the_methods_table_survives_a_cell_that_diverges(monkeypatch):
     monkeypatch.setattr(train, "train", diverging)
     monkeypatch.setattr(ablation, "equal_compute", lambda cfg, budget: cfg)
     printed = works(small_table("methods", "--solver heun").replace("--nfe 1 2", "--nfe 1 3"))
-    for method in ("SCFlow", "cd", "reflow", "reflow-distill"):
+    for method in ("SCFlow", "cd", "flowmap", "reflow", "reflow-distill"):
         assert f"| {method} " in printed
     assert "| fgm " not in printed and "fgm, seed 0: fgm became nan at step 3" in printed
     assert "the discriminator apart" in printed and "| passes per iteration " in printed
@@ -553,6 +825,9 @@ def test_names_of_rows_and_of_tables(moons_run):
     ("train.py --method cd --losses cd gan", ["--losses", "cd"]),
     ("train.py --method cd --t-trunc 0.4", ["--method cd", "--t-trunc"]),
     ("train.py --method reflow-distill --steps 1", ["--steps"]),
+    ("train.py --dataset cifar10 --model tiny", ["--model small", "paper"]),
+    ("train.py --dataset cifar10 --preset paper", ["--preset", "cifar10"]),
+    ("study.ablation fgm --only fgm", ["--only fgm", "alpha = 0.5", "teacher"]),
     ("train.py --method reflow --pairs 0", ["--pairs 0"]),
     ("train.py --method reflow --pair-steps 0", ["--pair-steps 0"]),
     ("evaluate.py --ablation losses --steps 5", ["python -m study.ablation"]),

@@ -25,8 +25,8 @@ import losses
 import model
 import sample
 import train
-from config import (CAPTIONED_OFFICIAL, CIRCUMSTANCES, LATENT_SETS, MODELS, PRESETS, Config,
-                    field_comments, identity, make_config, section)
+from config import (CAPTIONED_OFFICIAL, CIFAR10_MODELS, CIRCUMSTANCES, LATENT_SETS, MODELS, PRESETS,
+                    Config, field_comments, identity, make_config, section)
 from harness import UserError
 from harness.script import Parser, add_field_flags
 from study import oversaturation
@@ -645,7 +645,7 @@ def reference_step(net, z0, y, use, cfg, seed):
         aim = f_lo.clone()
         aim[t - d_s < cfg.t_trunc] = z0[t - d_s < cfg.t_trunc]
         x1 = f(net.student, z1, one)
-    terms["cd"] = huber(f(net.student, zt, t) - aim)
+    terms["cd"] = ("cd" in use) * huber(f(net.student, zt, t) - aim)
     if "rf" in use:
         zr = (1 - across(t, z0)) * x1 + across(t, z0) * z1
         terms["rf"] = ((x1 - f(net.student, zr, t)) ** 2).mean()
@@ -665,7 +665,7 @@ def reference_step(net, z0, y, use, cfg, seed):
 
 @SHAPES
 @pytest.mark.parametrize("use, n", [("cd", B), ("cd gan", B), ("cd rf", B), ("cd bi", B),
-                                    ("cd gan rf bi", B), ("cd gan rf bi", 1)])
+                                    ("cd gan rf bi", B), ("cd gan rf bi", 1), ("gan rf bi", B)])
 def test_a_step_equals_algorithm_1_written_plainly(shape, use, n):
     use = tuple(use.split())
     cfg = small(shape, losses=use, t_trunc=0.4, num_classes=3, r1=0.5, l_gan=0.7, l_rf=0.6,
@@ -791,6 +791,8 @@ def test_presets_hold_what_differs_and_flags_win():
         assert cfg.dataset == dataset and preset.keys() <= names
         if dataset == "captioned":
             preset = preset | CAPTIONED_OFFICIAL | dict(preset="official")
+        elif dataset == "cifar10":
+            preset = preset | CIFAR10_MODELS["small"] | dict(model="small")
         elif dataset in LATENT_SETS:
             folder = preset["data_dir"] and str(Path(preset["data_dir"]).resolve())
             preset = preset | MODELS["paper"] | dict(model="paper", preset="paper", data_dir=folder)
@@ -804,7 +806,7 @@ def test_presets_hold_what_differs_and_flags_win():
 @pytest.mark.parametrize("given", [
     dict(t_trunc=1.5), dict(t_trunc=-0.1), dict(t_skip=0.0), dict(t_skip=2.0), dict(mu=1.1),
     dict(steps=0), dict(batch_size=0), dict(lr=0.0), dict(huber_c=0.0), dict(n_rf=-1),
-    dict(r1=-1.0), dict(betas=(0.9,)), dict(disc_betas=(0.0, 1.0)), dict(losses=("gan",)),
+    dict(r1=-1.0), dict(betas=(0.9,)), dict(disc_betas=(0.0, 1.0)), dict(losses=("x",)),
     dict(losses=()), dict(seed=-1), dict(seed=2**31), dict(steps=2.5), dict(image_size=250),
 ], ids=str)
 def test_settings_that_make_no_sense_are_refused_by_the_flags_name(given):

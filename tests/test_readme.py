@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 PAGES = {path: path.read_text() for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")]}
 SOURCES = [*ROOT.glob("*.py"), *ROOT.glob("harness/*.py"), *ROOT.glob("study/*.py")]
-SCRIPTS = {"train", "teacher", "sample", "evaluate", "latents", "study.ablation",
+SCRIPTS = {"train", "teacher", "sample", "evaluate", "latents", "study.ablation", "study.dimension",
            "study.guide_everything", "study.memory", "study.oversaturation", "study.ship",
            "study.speed"}
 
