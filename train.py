@@ -169,8 +169,7 @@ def train(run):
 
 
 def main(argv=None):
-    cfg, given = parse_config(__doc__, argv, plan="celebahq, folder: time ten iterations, print "
-                              "what the run will do and need, and stop")
+    cfg, given = parse_config(__doc__, argv, plan=plan.ABOUT)
     only = given.pop("plan", False)
     with Run(cfg, given) as run:
         what = "already finished" if run.finished() else "wrote"

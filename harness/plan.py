@@ -15,6 +15,7 @@ from losses import flow_matching_loss
 from model import copy_of, discriminator, velocity_network
 
 GIB = 2**30
+ABOUT = "celebahq, folder: time ten iterations, print what the run will do and need, and stop"
 
 
 def show(run, only, begin, step):
@@ -45,12 +46,14 @@ def show(run, only, begin, step):
         name = torch.cuda.get_device_name(device) if cuda else device
         print(f"plan of {run.folder}: {cfg.dataset}, --model {cfg.model}",
               f"device     {name}, {machine.WORLD} process{'es' * (machine.WORLD > 1)}",
-              f"precision  {precision(cfg, device)}",
+              f"precision  {precision(cfg, device)}" + "; this device has no fast bf16, so teacher "
+              "and samples take more time and memory" * (
+                  cfg.precision == "auto" and not machine.fast_bf16(device)),
               f"networks   student {theta / 1e6:,.1f} M parameters, as its teacher and averages; "
               f"discriminator {disc / 1e6:,.1f} M",
               f"memory     {memory}",
               f"data       {cfg.data_dir or 'not named'}, encoded once into {cfg.latents_dir}",
-              f"teacher    {teacher or without_teacher(cfg)}",
+              f"teacher    {f'{teacher}, if it fits' if teacher else without_teacher(cfg)}",
               f"student    {cfg.steps:,} iterations of batch {cfg.batch_size}" +
               f", --preset {cfg.preset}" * bool(cfg.preset),
               f"time       {hours(cfg, seconds)}", sep="\n  ", flush=True)
@@ -68,9 +71,7 @@ def precision(cfg, device):
     fp32 = "fp32" + " (TF32 in convolutions, not in matrix products)" * tf32
     student, other = ("bf16" if machine.wants_bf16(cfg, device, distilled) else fp32
                       for distilled in (True, False))
-    slow = "; this device has no fast bf16, so teacher and samples cost more time and memory"
-    return f"student {student}, teacher and samples {other}" + slow * (
-        cfg.precision == "auto" and not machine.fast_bf16(device))
+    return student if student == other else f"student {student}, teacher and samples {other}"
 
 
 def without_teacher(cfg):

@@ -90,14 +90,17 @@ def test_the_papers_network_is_distilled_in_float32(cfg, students, teacher, monk
     net = begun(cfg)
     assert net.teacher.network.bf16 == teacher
     assert {getattr(net, name).bf16 for name in ("student", "target", "ema", "disc")} == {students}
-    said = plan.precision(cfg, CPU)
-    assert ("student bf16" in said) == students and ("samples bf16" in said) == teacher
+    words = ["bf16" if bf16 else "fp32" for bf16 in (students, teacher)]
+    assert plan.precision(cfg, CPU) == (words[0] if students == teacher else (
+        f"student {words[0]}, teacher and samples {words[1]}"))
 
-    # without bf16 in hardware, auto is float32, and says so
-    monkeypatch.setattr(machine, "fast_bf16", lambda device: False)
-    if cfg.precision == "auto":
-        assert not begun(cfg).teacher.network.bf16
-        assert "student fp32" in (said := plan.precision(cfg, CPU)) and "no fast bf16" in said
+
+def test_a_device_without_bf16_is_told_what_it_costs(monkeypatch):
+    for fast in (True, False):
+        monkeypatch.setattr(machine, "fast_bf16", lambda device: fast)
+        printed = call(f"train.py {SMALL} --precision auto --data-dir nowhere").out
+        assert ("no fast bf16" in printed) != fast
+        assert f"precision  {'bf16' if fast else 'fp32'}" in printed
 
 
 class Rounded(nn.Module):
@@ -116,8 +119,9 @@ class Rounded(nn.Module):
 
 def test_the_error_of_a_difference_is_what_rounding_does_to_it():
     network = Rounded(1.25)        # the offset z / 100 is the same at both times, and cancels
-    errors = precision.errors(network, "bf16", (2,), lambda n: None)
-    assert errors == pytest.approx([0.25] * 4, rel=1e-3)
+    batch = precision.states(network, (2,), lambda n: None, 64)
+    for d in precision.STEPS:
+        assert precision.error(network, "bf16", d, *batch) == pytest.approx(0.25, rel=1e-2)
 
 
 def test_the_table_of_precisions(monkeypatch):
@@ -141,7 +145,7 @@ def test_without_data_the_plan_is_printed_first(monkeypatch):
     ended = call("train.py --dataset celebahq --device cpu")
     assert ended.code == 2 and len(ended.err.strip().splitlines()) == 1
     assert "there is no" in ended.err and "--download" in ended.err
-    for words in ("device     cpu", "student fp32", "GiB", "data/celebahq", "120,500 iterations",
+    for words in ("device     cpu", "precision  ", "GiB", "data/celebahq", "120,500 iterations",
                   "--teacher-checkpoint", "model_480.pth", "168,750 iterations of batch 32",
                   "--preset official", "--plan"):
         assert words in ended.out, words
