@@ -44,11 +44,11 @@ class Config:
 
     # -- presets for latents
     model: Literal["", "paper", "small", "tiny"] = ""  # 153, 15 or 1 M parameters; cifar10: 57, 7
-    preset: Literal["", "paper", "official"] = ""  # settings of the paper's text, or of its code
+    preset: Literal["", "paper", "official"] = ""  # the paper's text, or what its authors ran
 
     # -- the machine
     device: str = "auto"            # cpu, cuda, cuda:1, mps; auto takes the first GPU, if any
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 for images if it is fast
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # bf16 if fast; to distil paper: fp32/TF32
     channels_last: bool = False     # NHWC memory format (images only; measure it on your machine)
     compile: bool = False           # torch.compile the velocity networks (the discriminator never)
     threads: int = 0                # CPU threads; 0: $OMP_NUM_THREADS, or 1 for points, else all
@@ -73,7 +73,7 @@ class Config:
     teacher_batch_size: int = 512   # samples per iteration
     teacher_ema: float = 0.995      # decay of the weights' average, which is the teacher
     p_null: float = 0.1             # share of conditions replaced by the null condition (Eq. 2)
-    lr_final: float = 0.0           # all rates fall along a cosine to this fraction; 1 is constant
+    teacher_lr_final: float = 0.0   # the rate falls along a cosine to this fraction of itself
     lr_warmup: int = 100            # iterations in which all rates rise from zero
 
     # -- student: Algorithm 1
@@ -83,6 +83,7 @@ class Config:
     batch_size: int = 256           # samples per iteration
     lr: float = 2e-3                # AdamW learning rate of the student
     disc_lr: float = 2e-3           # AdamW learning rate of the discriminator
+    lr_final: float = 0.0           # both rates fall along a cosine to this fraction; 1: constant
     betas: tuple[float, ...] = (0.9, 0.999)  # AdamW's two betas for the student
     disc_betas: tuple[float, ...] = (0.0, 0.99)  # AdamW's two betas for the discriminator
     disc_channels: int = 128        # width of the discriminator
@@ -176,10 +177,13 @@ PRESETS["captioned"] = LATENTS | dict(
 CAPTIONED_OFFICIAL = dict(metric="pseudo-huber", huber_c=0.01, truncation="landing", t_trunc=0.1,
                           n_gan=500, n_rf=0, n_bi=500)
 
+# the teacher of the paper's network, as LFM published it; no hash of it is known
+LFM_TEACHER = ("model_480.pth (Google Drive id 1AIuMr5Ewti6_wQAJdM9elsrERwrxI9Sb; the package "
+               "gdown downloads it)")
 # networks for latents; the smaller ones learn faster
 MODELS = {
     "paper": dict(channels=256, mult=(1, 2, 2, 2), blocks=2, attention=(3,), heads=4,
-                  time_scale=1.0, disc_channels=128),
+                  time_scale=1.0, disc_channels=128, teacher_lr_final=0.5),  # to 1e-5 (l)
     "small": dict(channels=80, mult=(1, 2, 2, 2), blocks=2, attention=(2, 3), heads=4,
                   time_scale=1000.0, disc_channels=64,
                   teacher_steps=60_000, teacher_lr=2e-4, teacher_batch_size=64, lr_final=0.0,
@@ -244,11 +248,12 @@ def make_config(dataset=Config.dataset, **given):
         settings["preset"] = given.get("preset") or "official"
         settings |= CAPTIONED_OFFICIAL if settings["preset"] == "official" else {}
     elif dataset in LATENT_SETS:
-        settings |= dict(model=given.get("model") or "paper", preset=given.get("preset") or "paper")
-        if settings["preset"] == "official" and settings["model"] != "paper":
-            raise UserError(f"--preset official is for --model paper; --model {settings['model']} "
-                            "has settings of its own")
-        settings |= MODELS.get(settings["model"], {})
+        model, preset = given.get("model") or "paper", given.get("preset")
+        if preset and model != "paper":
+            raise UserError(f"--preset {preset} is for --model paper; --model {model} has settings "
+                            "of its own")
+        settings |= dict(model=model, preset=(preset or "official") if model == "paper" else "")
+        settings |= MODELS.get(model, {})
         settings |= OFFICIAL if settings["preset"] == "official" else {}
     elif dataset == "cifar10":
         settings |= cifar10_settings(**given)
@@ -323,7 +328,7 @@ AT_LEAST_1 = ("channels", "blocks", "heads", "patch_size", "disc_channels", "tea
               "teacher_batch_size", "steps", "batch_size", "grad_accum", "image_size", "log_every",
               "save_every", "preview_every", "pairs", "pair_steps")
 POSITIVE = ("teacher_lr", "lr", "disc_lr", "time_scale", "t_skip", "huber_c")
-AT_MOST_1 = ("t_trunc", "t_skip", "lr_final", "p_null")
+AT_MOST_1 = ("t_trunc", "t_skip", "lr_final", "teacher_lr_final", "p_null")
 BELOW_1 = ("mu", "ema", "teacher_ema", "betas", "disc_betas")
 
 
@@ -391,4 +396,6 @@ def run_dir(cfg):
 def known_fields(settings):
     """Those entries of a dictionary that are fields of Config, lists as tuples."""
     names = {f.name for f in fields(Config)}
+    if "lr_final" in settings:                         # older files: of the teacher's rate, too
+        settings = {"teacher_lr_final": settings["lr_final"], **settings}
     return {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items() if k in names}

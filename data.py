@@ -17,7 +17,7 @@ import captions
 from config import (CAPTION_SETS, LATENT_CHANNELS, LATENT_DOWNSAMPLING, LATENT_SETS, POINT_SETS,
                     flag)
 from harness import UserError, first_line
-from harness.machine import FIRST, RANK, WORLD, wait
+from harness.machine import FIRST, RANK, WORLD, moved, wait
 from harness.pictures import from_uint8
 
 
@@ -40,15 +40,19 @@ class Draws:
 
     def at(self, step):
         """Starts the draws of iteration `step`."""
+        self.step = step
         self.generator.manual_seed(step_seed(self.seed, step, self.stream))
+
+    def next(self):
+        """The draws of the next iteration, as an object of its own."""
+        draws = Draws(self.seed, self.stream, self.device, self.rank, self.world)
+        draws.at(self.step + 1)
+        return draws
 
     def mine(self, whole, device=None):
         """This process's slice of what was drawn for the whole batch, on its device."""
         part = whole.chunk(self.world)[self.rank]
-        device = self.device if device is None else torch.device(device)
-        if device.type == "cuda":                  # pinned memory is copied while the GPU works
-            return part.pin_memory().to(device, non_blocking=True)
-        return part.to(device)
+        return moved(part, self.device if device is None else torch.device(device))
 
     def normal(self, n, *shape, device=None):
         """N(0, 1), float32 (n, *shape)."""

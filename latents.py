@@ -34,7 +34,7 @@ import vae
 from config import LATENT_DOWNSAMPLING, MACHINE, make_config
 from harness import UserError, first_line
 from harness.checkpoint import fingerprint, locked, no_room, write_text
-from harness.machine import FIRST, choose_device, start, wait, wants_bf16
+from harness.machine import FIRST, choose_device, moved, start, wait, wants_bf16
 from harness.pictures import from_uint8
 from harness.script import add_field_flags, given_flags, make_parser, run_script
 
@@ -51,7 +51,7 @@ TABLES = (".parquet", ".arrow")
 ADVICE = "--data-dir names a folder of images, a .zip of them, or a folder of parquet files"
 # the training split of CelebA-HQ at 256 x 256, on Hugging Face
 CELEBAHQ, REVISION = "korexyz/celeba-hq-256x256", "42078a1fb27b6079eaab8cf453efd3d79a8b7bda"
-CELEBAHQ_SIZE = 28_000
+CELEBAHQ_SIZE, OTHER_SIZES = 28_000, (27_000, 30_000)  # NVAE's training split, and all images
 
 
 @dataclass
@@ -86,9 +86,12 @@ def open_images(cfg):
         raise UserError(f"{path} is one file; name its folder: {ADVICE}")
 
     images = images_of_zip(path) if path.is_file() else images_below(path)
-    if cfg.download and images.size != CELEBAHQ_SIZE:
-        raise UserError(f"{path} holds {images.size:,} images, not the {CELEBAHQ_SIZE:,} of "
-                        "CelebA-HQ: a download was not whole; remove the folder and try again")
+    if cfg.dataset == "celebahq" and images.size != CELEBAHQ_SIZE:
+        if cfg.download and images.size not in OTHER_SIZES:
+            raise UserError(f"{path} holds {images.size:,} images, not the {CELEBAHQ_SIZE:,} of "
+                            "CelebA-HQ: a download was not whole; remove the folder and try again")
+        images.note += (f"; the public training split has {CELEBAHQ_SIZE:,}, that of the official "
+                        "code 27,000")
     return images
 
 
@@ -346,7 +349,9 @@ class Latents:
                             "images are encoded again") from e
         self.path, self.key, self.codec, self.device = path, key, codec, torch.device(device)
         self.shape, self.size, self.decode = codec.row[2:], len(self.array), codec.decode
-        self.labels = labels
+        self.labels, self.ahead = labels, None
+        # a GPU need not wait for the next batch; on a CPU a thread would only take its time
+        self.thread = ThreadPoolExecutor(1) if self.device.type == "cuda" else None
         if labels is not None and len(labels) != self.size:
             raise UserError(f"{path} does not fit the .json or .jsonl beside it, which say what "
                             "was skipped; delete them all, and the images are encoded again")
@@ -357,13 +362,37 @@ class Latents:
         Draws images, mirrors half of them, and samples the posterior. captioned: no mirror images,
         and y are the captions' embeddings (n, L, D).
         """
-        image = draws.integers(self.size, n, device="cpu").numpy()
-        mirrored = draws.integers(self.codec.row[0], n, device="cpu").numpy()
-        moments = torch.from_numpy(self.array[image, mirrored])            # (n, P, C, h, w)
-        mean, *logvar = moments.to(self.device).float().unbind(1)
-        noise = draws.normal(n, *self.shape) if logvar else None
+        image, moments, noise = self.prefetched(n, draws) if self.thread else self.drawn(n, draws)
+        mean, *logvar = moved(moments, self.device).float().unbind(1)
+        noise = None if noise is None else moved(noise, self.device)
         y = None if self.labels is None else self.labels[image].to(self.device)
         return self.codec.sample(mean, *logvar, noise=noise), y
+
+    def drawn(self, n, draws):
+        """A batch on the CPU: the images' numbers, their moments (n, P, C, h, w), and noise."""
+        image = draws.integers(self.size, n, device="cpu").numpy()
+        mirrored = draws.integers(self.codec.row[0], n, device="cpu").numpy()
+        moments = torch.from_numpy(self.array[image, mirrored])
+        noise = draws.normal(n, *self.shape, device="cpu") if moments.shape[1] > 1 else None
+        if self.device.type == "cuda":
+            moments, noise = moments.pin_memory(), None if noise is None else noise.pin_memory()
+        return image, moments, noise
+
+    def prefetched(self, n, draws):
+        """drawn(n, draws), made by a thread during the last iteration if this is the next one.
+
+        It is the same batch: the thread's generator began in the state in which this one is.
+        """
+        key, state = (n, draws.rank, draws.world), draws.generator.get_state()
+        if self.ahead and self.ahead[0] == key and torch.equal(self.ahead[1], state):
+            batch = self.ahead[2].result()
+            draws.generator.set_state(self.ahead[3].generator.get_state())
+        else:
+            batch = self.drawn(n, draws)
+        following = draws.next()
+        state = following.generator.get_state()    # before the thread draws
+        self.ahead = key, state, self.thread.submit(self.drawn, n, following), following
+        return batch
 
     def conditions(self, n, generator):
         """Conditions of n samples that are still to be made, int64 (n,), or None."""

@@ -507,12 +507,14 @@ def copy_of(network):
     return copy.deepcopy(network).eval().requires_grad_(False)
 
 
-def set_rates(cfg, step, steps, *pairs):
+def set_rates(cfg, step, steps, *pairs, final=None):
     """Sets the learning rates of (optimiser, peak rate) pairs for iteration `step` of `steps`.
 
-    They rise from zero in cfg.lr_warmup steps and fall along a cosine to cfg.lr_final of the peak.
+    They rise from zero in cfg.lr_warmup steps and fall along a cosine to `final` (cfg.lr_final) of
+    the peak.
     """
-    fall = cfg.lr_final + (1 - cfg.lr_final) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+    final = cfg.lr_final if final is None else final
+    fall = final + (1 - final) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
     for opt, lr in pairs:
         for group in opt.param_groups:
             group["lr"] = lr * fall * min(1.0, (step + 1) / max(cfg.lr_warmup, 1))

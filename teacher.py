@@ -30,7 +30,8 @@ def train_teacher(run):
     with run.loop("teacher", states, ("fm", "grad_norm")) as steps:
         for step in steps:
             draws.at(step)
-            set_rates(cfg, step, cfg.teacher_steps, (opt, cfg.teacher_lr))
+            set_rates(cfg, step, cfg.teacher_steps, (opt, cfg.teacher_lr),
+                      final=cfg.teacher_lr_final)
 
             # data, noise and time make zt; the teacher learns the velocity at zt
             z0, y = dataset.batch(cfg.teacher_batch_size // machine.WORLD, draws)

@@ -11,7 +11,7 @@ import torch
 from torch.optim import AdamW
 
 from data import Draws
-from harness import machine
+from harness import machine, plan
 from harness.hub import package
 from harness.run import Run
 from harness.script import parse_config, run_script
@@ -112,7 +112,7 @@ def begin(teacher, start, cfg, shape, device):
     net = SimpleNamespace(teacher=teacher, student=trained(start), target=copy_of(start),
                           ema=copy_of(start), disc=disc)
     for network in vars(net).values():
-        machine.prepare(network, cfg, device)
+        machine.prepare(network, cfg, device, distilled=network is not teacher)
     net.teacher = Guided(teacher, cfg.guidance)    # the teacher alone is guided (Eq. 3)
     if getattr(net.student, "text", None):
         net.student.text.requires_grad_(False)     # the text encoder stays the teacher's
@@ -170,9 +170,12 @@ def train(run):
 
 
 def main(argv=None):
-    cfg, given = parse_config(__doc__, argv)
+    cfg, given = parse_config(__doc__, argv, plan=plan.ABOUT)
+    only = given.pop("plan", False)
     with Run(cfg, given) as run:
         what = "already finished" if run.finished() else "wrote"
+        if what == "wrote" and plan.show(run, only, begin, scflow_step):
+            return
         path = train(run)
         pictures = run.pictures("student")         # also those that an interrupted run did not draw
     if machine.FIRST:

@@ -49,7 +49,9 @@ def start(device):
 
 def share(network):
     """The network; its gradients are averaged over the processes in every backward pass."""
-    return nn.parallel.DistributedDataParallel(network) if WORLD > 1 else network
+    if WORLD == 1:
+        return network
+    return nn.parallel.DistributedDataParallel(network, gradient_as_bucket_view=True)
 
 
 def unwrap(network):
@@ -107,6 +109,11 @@ def choose_device(cfg):
         raise UserError(f"this machine has no device {name!r}; --device cpu always works") from e
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True      # shapes never change while training
+        # In fp32, convolutions round to TF32 (unless --precision fp32), as in the official code.
+        # Linear layers do not: they embed the time, and cost nothing.
+        torch.backends.cudnn.allow_tf32 = cfg.precision != "fp32"
+        torch.backends.cuda.matmul.allow_tf32 = False
 
     # a small MLP gains little from a second thread, and loses much by it on a busy machine
     if cfg.threads:
@@ -116,10 +123,18 @@ def choose_device(cfg):
     return device
 
 
-def prepare(network, cfg, device):
+def moved(tensor, device):
+    """A tensor of the CPU on a device; a GPU copies it from pinned memory while it works."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def prepare(network, cfg, device, distilled=False):
     """The network on its device, in its memory format and precision, compiled if asked for.
 
     All of this stays inside the network's call, so that no line of the method knows of it.
+    `distilled` marks theta, its averages and D (see wants_bf16).
     """
     images = cfg.dataset not in POINT_SETS
     network.to(device)
@@ -131,7 +146,7 @@ def prepare(network, cfg, device):
             network.inner.enable_gradient_checkpointing()
         if cfg.compile:
             network.compile()
-    network.bf16 = wants_bf16(cfg, device)
+    network.bf16 = wants_bf16(cfg, device, distilled)
     return network
 
 
@@ -151,10 +166,16 @@ def save_memory(net, cfg):
         net.ema.cpu()
 
 
-def wants_bf16(cfg, device):
-    """Whether to compute in bf16; `auto` does for images if the device is fast at it."""
+def wants_bf16(cfg, device, distilled=False):
+    """Whether to compute in bf16; `auto` does for images if the device is fast at it.
+
+    But `auto` distils the paper's network in float32: CD compares its predictions at neighbouring
+    times, and bf16 loses much of their difference (study.precision). Its teacher may use bf16,
+    since the step that it makes is no difference, and so may sampling.
+    """
     if cfg.precision == "auto":
-        return cfg.dataset not in POINT_SETS and fast_bf16(device)
+        exact = cfg.dataset in POINT_SETS or distilled and cfg.model == "paper"
+        return not exact and fast_bf16(device)
     return cfg.precision == "bf16"
 
 

@@ -14,15 +14,16 @@ from typing import Literal
 
 import torch
 
-from config import LATENTS, MODELS, PRESETS, Config, field_comments, flag, make_config, words
+from config import (LATENTS, LFM_TEACHER, MODELS, OFFICIAL, PRESETS, Config, field_comments, flag,
+                    make_config, words)
 from harness import UserError, first_line
 from harness.machine import FIRST, RANK, WORLD, leave
 
 ABOUT_CELEBAHQ = (
     "celebahq: LFM published the paper's teacher (153 M parameters, 120,500 iterations of batch "
-    "112) as model_480.pth (Google Drive id 1AIuMr5Ewti6_wQAJdM9elsrERwrxI9Sb; the package gdown "
-    "downloads it). --teacher-checkpoint model_480.pth distils from it without pretraining. The "
-    "students of --model small and tiny need a teacher of their size, which train.py pretrains.")
+    f"112): {LFM_TEACHER}. --teacher-checkpoint model_480.pth distils from it without pretraining. "
+    "The students of --model small and tiny need a teacher of their size, which train.py "
+    "pretrains.")
 
 
 class Parser(argparse.ArgumentParser):
@@ -70,7 +71,7 @@ def add_field_flags(parser, names=None):
 
 def defaults(f):
     """A field's default as help text, with those of MNIST and of latents if they differ."""
-    presets = {"mnist": PRESETS["mnist"], "latents": LATENTS | MODELS["paper"]}
+    presets = {"mnist": PRESETS["mnist"], "latents": LATENTS | MODELS["paper"] | OFFICIAL}
     others = "".join(f"; {name}: {words(preset[f.name])}" for name, preset in presets.items()
                      if preset.get(f.name, f.default) != f.default)
     default = words(f.default)
@@ -83,12 +84,14 @@ def given_flags(args, names=None):
             for name, value in vars(args).items() if names is None or name in names}
 
 
-def parse_config(doc, argv=None):
-    """Command line -> (Config, the fields that were given on it)."""
+def parse_config(doc, argv=None, **more):
+    """Command line -> (Config, what was given on it); `more` are {flag: help} beside the fields."""
     parser = make_parser(doc, epilog=ABOUT_CELEBAHQ, usage="%(prog)s [flags]")
+    for name, text in more.items():
+        parser.add_argument(flag(name), action="store_true", default=argparse.SUPPRESS, help=text)
     add_field_flags(parser)
     given = given_flags(parser.parse_args(argv))
-    return make_config(**given), given
+    return make_config(**{n: v for n, v in given.items() if n not in more}), given
 
 
 def run_script(main):

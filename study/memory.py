@@ -9,9 +9,8 @@ import torch
 
 import model
 from harness.hub import library
+from harness.plan import GIB, kept_bytes
 from harness.script import make_parser, run_script
-
-GIB = 2**30
 
 
 def stable_diffusion(**more):
@@ -25,30 +24,9 @@ def parameters(network):
 
 
 def activations(unet, function):
-    """Bytes that function() keeps for the backward pass, without and with checkpointing."""
-    kept = {}
-
-    def keep(tensor):
-        if torch.is_tensor(tensor):                # the tensor is held, or its address comes again
-            kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes(), tensor
-
-    def recomputed(block, *args):                  # keeps nothing but the block's inputs
-        for argument in args:
-            keep(argument)
-        with torch.autograd.graph.saved_tensors_hooks(id, id):
-            return block(*args)
-
-    def total():
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: keep(x) or 0, id):
-            function()
-        weights = {p.untyped_storage()._cdata for p in unet.parameters()}
-        size = sum(size for key, (size, _) in kept.items() if key not in weights)
-        kept.clear()
-        return size / GIB
-
-    whole = total()
-    unet.enable_gradient_checkpointing(recomputed)
-    return whole, total()
+    """GiB that function() keeps for the backward pass, without and with checkpointing."""
+    return [kept_bytes(unet, function, checkpoint) / GIB
+            for checkpoint in (None, unet.enable_gradient_checkpointing)]
 
 
 def rows(theta, disc, head):

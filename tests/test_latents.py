@@ -13,6 +13,7 @@ import signal
 import sys
 import warnings
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -388,6 +389,14 @@ def test_a_download_that_is_not_whole_is_never_taken(hub, pooling):
     assert not list(Path(".").rglob("*.npy"))
 
 
+def test_the_other_splits_of_celebahq_are_accepted_and_named(hub, pooling, monkeypatch, capsys):
+    monkeypatch.setattr(latents, "OTHER_SIZES", (24,))
+    hub(24)
+    cfg = make_config("celebahq", download=True, image_size=32)
+    assert latents.open_latents(cfg).size == 24
+    assert "the public training split has 28,000" in capsys.readouterr().out
+
+
 def test_without_the_package_datasets_one_sentence_names_it(monkeypatch):
     a_parquet(Path("parquet"), a_folder("images", 3))
     monkeypatch.setitem(sys.modules, "datasets", None)
@@ -732,6 +741,22 @@ def test_without_a_variance_batches_are_the_latents():
     assert set(batches[0].unique().tolist()) == {0, 2.5, 5, 7.5, 10, 12.5}
     # the same draws make the same batch
     assert torch.equal(batches[0], batches[2]) and not torch.equal(batches[0], batches[1])
+
+
+@pytest.mark.parametrize("stochastic", [True, False])
+def test_batches_that_a_thread_makes_ahead_are_the_same(stochastic):
+    plain, ahead = a_latents(stochastic), a_latents(stochastic)
+    ahead.thread, made = ThreadPoolExecutor(1), []
+    whole = ahead.drawn
+    ahead.drawn = lambda n, draws: made.append((n, draws.step)) or whole(n, draws)
+    one, other = data.Draws(5, stream=1), data.Draws(5, stream=1)
+    # in turn, and where the thread has made another batch: a resumed run, another size, a repeat
+    for step, n in ((0, 7), (1, 7), (2, 7), (9, 7), (10, 4), (11, 4), (11, 4)):
+        one.at(step), other.at(step)
+        assert torch.equal(plain.batch(n, one)[0], ahead.batch(n, other)[0])
+        assert torch.equal(one.normal(3), other.normal(3))     # all later draws agree, too
+    ahead.thread.shutdown()
+    assert made.count((7, 1)) == made.count((7, 2)) == 1 and (4, 12) in made
 
 
 # ----------------------------------------------------------------------- through the scripts

@@ -25,7 +25,8 @@ import losses
 import model
 import sample
 import train
-from config import (CAPTIONED_OFFICIAL, CIFAR10_MODELS, CIRCUMSTANCES, LATENT_SETS, MODELS, PRESETS,
+from config import (CAPTIONED_OFFICIAL, CIFAR10_MODELS, CIRCUMSTANCES, LATENT_SETS, MODELS,
+                    OFFICIAL, PRESETS,
                     Config, field_comments, identity, make_config, section)
 from harness import UserError
 from harness.script import Parser, add_field_flags
@@ -722,12 +723,18 @@ def test_r1_moves_d_alone_and_the_gan_loss_moves_the_student_alone(shape, name, 
 @pytest.mark.parametrize("y", [None, torch.tensor([2, 0, 1, 1, 0, 2])], ids=["no labels", "labels"])
 def test_how_many_samples_and_which_labels_each_network_sees(shape, use, calls, y):
     cfg = small(shape, losses=tuple(use.split()), num_classes=0 if y is None else 3)
-    net, seen = make_net(shape, cfg), {name: [] for name in calls}
+    net, seen, grads = make_net(shape, cfg), {name: [] for name in calls}, dict.fromkeys(calls, 0)
+
+    def count(name, z, *others):
+        seen[name].append((z, *others))
+        grads[name] += len(z) * torch.is_grad_enabled()
     for name in calls:
         getattr(net, name).register_forward_pre_hook(
-            lambda module, args, name=name: seen[name].append(args))
+            lambda module, args, name=name: count(name, *args))
     train.scflow_step(net, (normal(shape, dtype=torch.float32), y), 0, cfg, draws())
     assert {name: [len(z) for z, *_ in args] for name, args in seen.items()} == calls
+    # all that the student sees passes backwards, too, and nothing of the averages and the teacher
+    assert grads == {name: sum(calls[name]) * (name in ("student", "disc")) for name in calls}
     for z, *_, label in sum(seen.values(), []):
         assert z.shape[1:] == shape
         assert label is y is None or label.tolist() == y.tolist() * (len(z) // B)
@@ -766,10 +773,11 @@ def test_warm_ups_end_exactly_at_their_iteration(name, first):
 def test_learning_rates_rise_then_fall_along_a_cosine(step, warmup, final, rate):
     opt = SimpleNamespace(param_groups=[{"lr": None}, {"lr": None}])
     other = SimpleNamespace(param_groups=[{"lr": None}])
-    cfg = make_config(lr_warmup=warmup, lr_final=final)
-    model.set_rates(cfg, step, 1000, (opt, 2.0), (other, 1.0))
-    rates = [group["lr"] for group in opt.param_groups + other.param_groups]
-    assert rates == pytest.approx([2 * rate, 2 * rate, rate], abs=1e-12)
+    for cfg, given in ((make_config(lr_warmup=warmup, lr_final=final), {}),
+                       (make_config(lr_warmup=warmup, lr_final=0.7), dict(final=final))):
+        model.set_rates(cfg, step, 1000, (opt, 2.0), (other, 1.0), **given)
+        rates = [group["lr"] for group in opt.param_groups + other.param_groups]
+        assert rates == pytest.approx([2 * rate, 2 * rate, rate], abs=1e-12)
 
 
 # -------------------------------------------------------------------------------------- settings
@@ -795,7 +803,8 @@ def test_presets_hold_what_differs_and_flags_win():
             preset = preset | CIFAR10_MODELS["small"] | dict(model="small")
         elif dataset in LATENT_SETS:
             folder = preset["data_dir"] and str(Path(preset["data_dir"]).resolve())
-            preset = preset | MODELS["paper"] | dict(model="paper", preset="paper", data_dir=folder)
+            preset = preset | MODELS["paper"] | OFFICIAL | dict(model="paper", preset="official",
+                                                                data_dir=folder)
         for f in fields(Config):
             expected = preset.get(f.name, dataset if f.name == "dataset" else f.default)
             assert getattr(cfg, f.name) == expected

@@ -11,8 +11,8 @@ README = (ROOT / "README.md").read_text()
 PAGES = {path: path.read_text() for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")]}
 SOURCES = [*ROOT.glob("*.py"), *ROOT.glob("harness/*.py"), *ROOT.glob("study/*.py")]
 SCRIPTS = {"train", "teacher", "sample", "evaluate", "latents", "study.ablation", "study.dimension",
-           "study.guide_everything", "study.memory", "study.oversaturation", "study.ship",
-           "study.speed"}
+           "study.guide_everything", "study.memory", "study.oversaturation",
+           "study.precision", "study.ship", "study.speed"}
 
 
 def without_old_commands(page):
