@@ -115,6 +115,9 @@ class Config:
     log_every: int = 50             # iterations per row of log.csv; losses are checked for nan then
     save_every: int = 1000          # iterations between two saved resume states
     preview_every: int = 1000       # iterations between two pictures of the EMA's samples
+    keep_every: int = 0             # iterations between two EMAs that are kept as files; 0: none
+    eval_every: int = 0             # iterations between two measurements of the student; 0: none
+    log: Literal["", "tensorboard"] = ""  # also write the log for TensorBoard (needs tensorboard)
 
 
 PRESETS = {
@@ -183,7 +186,8 @@ LFM_TEACHER = ("model_480.pth (Google Drive id 1AIuMr5Ewti6_wQAJdM9elsrERwrxI9Sb
 # networks for latents; the smaller ones learn faster
 MODELS = {
     "paper": dict(channels=256, mult=(1, 2, 2, 2), blocks=2, attention=(3,), heads=4,
-                  time_scale=1.0, disc_channels=128, teacher_lr_final=0.5),  # to 1e-5 (l)
+                  time_scale=1.0, disc_channels=128, keep_every=25_000,
+                  teacher_lr_final=0.5),                               # to 1e-5 (l)
     "small": dict(channels=80, mult=(1, 2, 2, 2), blocks=2, attention=(2, 3), heads=4,
                   time_scale=1000.0, disc_channels=64,
                   teacher_steps=60_000, teacher_lr=2e-4, teacher_batch_size=64, lr_final=0.0,
@@ -273,6 +277,9 @@ def make_config(dataset=Config.dataset, **given):
         cfg = with_pipeline(cfg)
     elif cfg.vae == "pipeline":
         raise UserError("--vae pipeline is the autoencoder of captioned's teacher; name another")
+    if cfg.eval_every and dataset == "captioned":
+        raise UserError("--eval-every is not for captioned; leave it out, and measure its samples "
+                        "by evaluate.py --prompts FILE --real FOLDER")
     if cfg.download and dataset != "celebahq":
         raise UserError("--download is for celebahq alone; leave it out")
     if "gan" not in cfg.losses and "t_trunc" not in given:

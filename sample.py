@@ -251,6 +251,8 @@ def parse(argv=None):
     what.add_argument("--teacher", action=argparse.BooleanOptionalAction, help="sample the "
                       "teacher.pt beside the student. --trajectory shows both, unless one is "
                       "chosen by --teacher or --no-teacher")
+    what.add_argument("--weights", choices=("ema", "theta", "target"), default="ema",
+                      help="of a resume state: the average, the trained network, theta~ [ema]")
     how = parser.add_argument_group("how")
     how.add_argument("--nfe", type=int, nargs="+", default=[4], metavar="N",
                      help="number of function evaluations; several make a strip (Figure 5) [4]")
@@ -304,7 +306,8 @@ def main(argv=None):
     if both or args.gif:
         files = [teacher, student]
     given = given_flags(args, (*MACHINE, "vae_weights", "teacher_checkpoint"))
-    opened = [open_network(file, **given) for file in files]
+    opened = [open_network(file, args.weights if file == files[-1] else "ema", **given)
+              for file in files]
     networks = [(content["kind"].split()[0], with_guidance(network, content, cfg, args.guidance))
                 for network, content, cfg in opened]
     _, content, cfg = opened[-1]
@@ -402,6 +405,7 @@ def write_picture(args, networks, shape, cfg, folder):
 
     decode, nfe = open_decoder(cfg), args.nfe[0]
     suffix = "" if args.solver == "euler" else f"-{args.solver}"
+    suffix += "" if args.weights == "ema" else f"-{args.weights}"
     if args.classes:
         suffix += "-class" + "-".join(map(str, args.classes))
         title += f", classes {words(args.classes)}"

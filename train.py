@@ -92,6 +92,7 @@ def disc_step(net, z0, x1, y, cfg):
         terms["r1"] = r1_penalty(d_real, real)
         loss = loss + cfg.r1 / 2 * terms["r1"]
     loss.backward(inputs=list(net.disc.parameters()))
+    terms["grad_norm_d"] = torch.nn.utils.get_total_norm([p.grad for p in net.disc.parameters()])
     net.opt_disc.step()
     net.opt_disc.zero_grad()
     return terms
@@ -125,7 +126,7 @@ def begin(teacher, start, cfg, shape, device):
 
 
 STATES = ("student", "target", "ema", "disc", "opt", "opt_disc")
-TERMS = ("cd", "gan", "rf", "bi", "disc", "d_real", "d_fake", "r1", "grad_norm")
+TERMS = ("cd", "gan", "rf", "bi", "disc", "d_real", "d_fake", "r1", "grad_norm_d", "grad_norm")
 STEPS = {"scflow": (scflow_step, TERMS), "cd": (scflow_step, TERMS), **baselines.STEPS}
 
 

@@ -41,17 +41,17 @@ PARTS = {
 # ------------------------------------------------------------------------------ writing, locking
 
 
-def save(path, kind, cfg, shape, step, **states):
+def save(path, kind, cfg, shape, step, older=None, **states):
     """Writes a checkpoint to a temporary file, then renames it.
 
-    So a kill leaves either the old file or the new one.
-    Rank 0 writes, and all processes wait. Raises UserError if the file cannot be written (no
-    permission, disk full); the old one stays.
+    So a kill leaves either the old file or the new one. `older` is a path that the old file moves
+    to; without it the old file is replaced. Rank 0 writes, and all processes wait. Raises UserError
+    if the file cannot be written (no permission, disk full); the old one stays.
     """
     content = {"scflow": VERSION, "kind": kind, "config": asdict(cfg), "shape": tuple(shape),
                "step": step, **states}
     if FIRST:
-        with replacing(path, "wb") as file:
+        with replacing(path, "wb", older) as file:
             torch.save(content, file)
     wait()
 
@@ -63,8 +63,11 @@ def write_text(path, text):
 
 
 @contextmanager
-def replacing(path, mode="wb"):
-    """A temporary file that replaces `path` when the block ends; deleted if the block fails."""
+def replacing(path, mode="wb", older=None):
+    """A temporary file that replaces `path` when the block ends; deleted if the block fails.
+
+    What was at `path` moves to `older`, if one is named.
+    """
     path = Path(path)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
@@ -73,6 +76,8 @@ def replacing(path, mode="wb"):
             yield file
             file.flush()
             os.fsync(file.fileno())
+        if older and path.exists():
+            os.replace(path, older)
         os.replace(part, path)
     except (OSError, RuntimeError) as e:           # torch.save turns a full disk into RuntimeError
         raise UserError(f"could not write {path} ({getattr(e, 'strerror', None) or e}); what was "
@@ -114,13 +119,13 @@ def no_room(folder, need, what, advice):
 # --------------------------------------------------------------------------------------- reading
 
 
-def load(path, kind=None, device="cpu", mmap=False, pipeline=""):
+def load(path, kind=None, mmap=False, pipeline="", checksums=None):
     """Reads a checkpoint of ours, or of the official code; `kind` is one name, a tuple or None.
 
     A pipeline of Stable Diffusion counts as a teacher; if it is a network alone, `pipeline` names
     the rest of it. With mmap, tensors are read from disk only when they are used (of pipelines
-    they are left out). Raises UserError if the file is missing, damaged, not ours, of another
-    kind, or does not hold what its kind must.
+    they are left out), and checksums only if asked for. Raises UserError if the file is missing,
+    damaged, not ours, of another kind, or does not hold what its kind must.
     """
     if is_pipeline(path):
         import text2image                          # not above: it needs optional packages
@@ -135,13 +140,14 @@ def load(path, kind=None, device="cpu", mmap=False, pipeline=""):
         raise UserError(f"there is no checkpoint {path}; train one with train.py, or name another"
                         + hint)
     try:
-        if not mmap and zipfile.is_zipfile(path):  # torch.load does not look at the checksums
+        # torch.load does not look at the checksums
+        if (not mmap if checksums is None else checksums) and zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 if archive.testzip():
                     raise ValueError("a checksum is wrong")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            content = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except PermissionError:
         raise
     except Exception as e:                         # other bytes make the unpickler raise anything

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 from harness import UserError, checkpoint, machine
@@ -18,7 +19,7 @@ class Interrupt:
     """Ctrl-C (or SIGTERM, SIGHUP) lets the step end and sets `.asked`; a second one stops now."""
 
     def __enter__(self):
-        self.asked, self.vote, self.before = False, False, {}
+        self.asked, self.sent, self.before = False, None, {}
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             try:
                 number = getattr(signal, name)
@@ -27,13 +28,15 @@ class Interrupt:
                 pass
         return self
 
-    def now(self, device):
-        """Whether to stop after this step. Several processes agree on it in the next step, so that
-        none of them waits for a GPU."""
+    def now(self):
+        """Whether to stop after this step; several processes agree on it in the step after."""
         if machine.WORLD == 1:
             return self.asked
-        agreed = self.vote
-        self.vote = machine.mean(torch.full((), float(self.asked), device=device))
+        # the number of processes that were asked is summed on the CPUs while the next step is
+        # computed: no process waits for its GPU, and all have stopped two iterations later
+        agreed = self.sent is not None and self.sent.wait() and self.votes > 0
+        self.votes = torch.tensor(int(self.asked))
+        self.sent = dist.all_reduce(self.votes, async_op=True)
         return bool(agreed)
 
     def ask(self, number, frame):
@@ -47,19 +50,29 @@ class Interrupt:
 
 
 class Diverged(UserError):
-    """A loss that is not finite."""
+    """A loss or a weight that is not finite; the message begins with what, and when."""
+
+    def __init__(self, what):
+        super().__init__(f"{what}, so the run stopped; what was saved before is kept. Lower the "
+                         "learning rate; if it ran in bf16, try --precision fp32")
 
 
 class Log:
     """The progress bar, the csv file, and the check for losses that are not finite.
 
     Terms stay on the device as tensors. Every `every` steps they are fetched, all in one transfer,
-    and their means are written as one row.
+    and their means are written as one row; `board` writes it for TensorBoard, too.
     """
 
-    def __init__(self, path, columns, every, start, steps, batch_size, title):
+    def __init__(self, path, columns, every, start, steps, batch_size, title, board=False):
         self.path, self.every, self.step, self.steps = Path(path), every, start, steps
         self.columns, self.batch_size, self.waiting = columns, batch_size, []
+        self.board = None
+        if board and FIRST:
+            from torch.utils.tensorboard import SummaryWriter
+            # hides what an older run, or a resumed one after its start, has written there
+            self.board = SummaryWriter(self.path.parent / "tensorboard" / title,
+                                       purge_step=start + 1)
         # a resumed run repeats the rows after its start
         self.rows = [row for row in read_rows(path) if int(row["step"]) <= start]
         self.bar = tqdm(total=steps, initial=start, desc=title, dynamic_ncols=True,
@@ -69,13 +82,14 @@ class Log:
     def __enter__(self):
         names = ["step", *self.columns, "per_second"]
         if FIRST:
-            lines = [names, *([row.get(name, "") for name in names] for row in self.rows)]
-            checkpoint.write_text(self.path, "\n".join(map(",".join, lines)))
+            write_rows(self.path, names, self.rows)
         self.names, self.clock = names, time.perf_counter()
         return self
 
     def __exit__(self, *exception):
         self.bar.close()
+        if self.board:
+            self.board.close()
 
     def add(self, **terms):
         """Notes the terms of one step, 0-dim tensors; raises as fetch does."""
@@ -95,9 +109,7 @@ class Log:
         for step, terms in enumerate(steps, self.step - len(steps) + 1):
             for name, value in terms.items():
                 if not math.isfinite(value):
-                    raise Diverged(f"{name} became {value} at step {step}, so the run stopped; "
-                                   "what was saved before is kept. Lower the learning rate; "
-                                   "if it ran in bf16, try --precision fp32")
+                    raise Diverged(f"{name} became {value} at step {step}")
 
         row = {"step": str(self.step)}
         for name in self.columns:
@@ -108,7 +120,15 @@ class Log:
         seconds = time.perf_counter() - self.clock
         row["per_second"] = f"{len(steps) * self.batch_size / seconds:.1f}"
         self.append(row)
+        self.show(row)
         self.waiting, self.clock = [], time.perf_counter()
+
+    def show(self, row):
+        """Shows a row in TensorBoard, if that was asked for."""
+        if self.board:
+            for name, value in row.items():
+                if name != "step":
+                    self.board.add_scalar(name, float(value), int(row["step"]))
 
     def append(self, row):
         try:
@@ -128,6 +148,12 @@ def writable(stream):
     except (OSError, ValueError, AttributeError):
         return False
     return True
+
+
+def write_rows(path, names, rows):
+    """Writes a log anew: its columns, and rows that read_rows can read."""
+    lines = [names, *([row.get(name, "") for name in names] for row in rows)]
+    checkpoint.write_text(path, "\n".join(map(",".join, lines)))
 
 
 def read_rows(path):

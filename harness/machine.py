@@ -37,14 +37,15 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 
 
 def start(device):
-    """Joins the processes of this run, over nccl on GPUs and gloo on CPUs."""
+    """Joins the processes of this run: nccl for tensors on GPUs, gloo for those on CPUs."""
     if WORLD == 1 or dist.is_initialized():
         return
     if "MASTER_ADDR" not in os.environ:
         raise UserError(f"WORLD_SIZE is {WORLD}, but nothing else of torchrun's environment is "
                         "set; start the script by torchrun, or unset WORLD_SIZE")
     # the others wait while rank 0 encodes a data set, which may take hours
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(days=1))
 
 
 def share(network):
@@ -79,7 +80,8 @@ def mean(x):
 
 
 def leave():
-    """Ends the group of processes, if there is one."""
+    """Ends the group of processes, if there is one, when rank 0 has drawn its pictures."""
+    wait()
     if dist.is_initialized():
         dist.destroy_process_group()
 

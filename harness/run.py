@@ -2,7 +2,10 @@
 
     teacher.pt, student.pt                results: the averages that are sampled from
     teacher_resume.pt, student_resume.pt  states to continue from
+    ..._resume_old.pt                     the state before that, until the run is finished
+    teacher_010000.pt, student_010000.pt  averages of that iteration (--keep-every)
     teacher_log.csv, log.csv              the logged terms, one row per cfg.log_every iterations
+    quality.csv                           distances of the student's samples (--eval-every)
     samples.png, losses.png, preview_*    pictures
 
 When train.py refuses to start, the reason is in this file.
@@ -14,15 +17,21 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
+import torch
+from torch import nn
+from torch.nn.utils import get_total_norm
+from tqdm import tqdm
+
 import data
 import sample
 from config import (CAPTION_SETS, CIRCUMSTANCES, LATENT_SETS, MACHINE, identity, run_dir,
                     with_pipeline)
 from harness import UserError, checkpoint, machine, pictures
 from harness.hub import package
-from harness.log import Interrupt, Log, curves, read_rows
+from harness.log import Diverged, Interrupt, Log, curves, read_rows, write_rows
 from harness.machine import FIRST
 from harness.saved import conditions_of, open_network
+from harness.script import make_parser
 from model import check_network, copy_of, velocity_network
 
 ANEW = "--overwrite starts anew, another --out keeps both"
@@ -38,6 +47,15 @@ class Interrupted(KeyboardInterrupt):
         if run.go_on or run.home != run.folder:    # a cell of a table, or a stage of a run
             advice = "the same command continues" + ", without --overwrite" * run.cfg.overwrite
         super().__init__(f"stopped at step {step} of {steps} and saved; {advice}")
+
+
+@contextmanager
+def unimportant():
+    """A picture that cannot be drawn does not stop training."""
+    try:
+        yield
+    except UserError as e:
+        tqdm.write(f"{e}; training goes on")
 
 
 class Run:
@@ -69,6 +87,10 @@ class Run:
                             "Face hub, as XCLiu/2_rectified_flow_from_sd_1_5")
         if cfg.adam8bit:
             package("bitsandbytes")                # if it is absent, now and not after the encoding
+        if cfg.log:
+            package(cfg.log)
+        if cfg.eval_every and cfg.dataset in LATENT_SETS:
+            package("pytorch_fid")
         self.cfg = cfg = data.with_classes(cfg)
         self.shape = data.sample_shape(cfg)
         check_network(cfg, self.shape)             # before anything is encoded or trained
@@ -95,9 +117,23 @@ class Run:
         """The path of teacher.pt or student.pt."""
         return self.folder / f"{kind}.pt"
 
+    @property
+    def quality(self):
+        return self.folder / "quality.csv"
+
+    def resume_files(self, kind):
+        """The paths of the last two states of a teacher or student, the newest first."""
+        return self.folder / f"{kind}_resume.pt", self.folder / f"{kind}_resume_old.pt"
+
     def resume_file(self, kind):
-        """The path of the state that a teacher or student continues from."""
-        return self.folder / f"{kind}_resume.pt"
+        """The path of the state to continue from: the older one if no newer one is whole."""
+        newest, older = self.resume_files(kind)
+        if older.exists():
+            try:
+                checkpoint.load(newest, mmap=True)
+            except UserError:
+                return older
+        return newest
 
     def logfile(self, kind):
         return self.folder / ("log.csv" if kind == "student" else "teacher_log.csv")
@@ -118,6 +154,16 @@ class Run:
     @cached_property
     def data_key(self):
         return data.key(self.cfg)
+
+    @cached_property
+    def judge(self):
+        """--eval-every: the Reference and the arguments of evaluate.measure, by its defaults."""
+        import evaluate                            # not above: it is seldom needed
+        machine.wait()                             # so that no process finds what another makes now
+        args = evaluate.parse(make_parser(None), [], (), "", "")
+        on_device = nn.Linear(1, 1, device=self.device)
+        reference, settings, _ = evaluate.prepare(args, self.cfg, self.shape, on_device)
+        return reference, settings | {"decode": self.dataset.decode}
 
     # ------------------------------------------------------------------ which settings are in force
 
@@ -198,10 +244,16 @@ class Run:
 
         This happens only when all has been checked and the training begins.
         """
-        if FIRST and self.cfg.overwrite and not self.discarded:
-            self.discarded = True
-            for file in (*results, self.path("student"), self.resume_file("student"),
-                         self.resume_file("teacher"), self.logfile("student"),
+        if not self.cfg.overwrite or self.discarded:
+            return
+        self.discarded = True
+        if self.cfg.eval_every:
+            self.judge                             # may fail
+        if FIRST:
+            for file in (*results, self.path("student"), *self.resume_files("student"),
+                         *self.resume_files("teacher"), self.logfile("student"),
+                         *self.folder.glob("student_[0-9]*.pt"),
+                         *self.folder.glob("teacher_[0-9]*.pt"),
                          *self.folder.glob("pairs-*.npy")):
                 file.unlink(missing_ok=True)
 
@@ -291,6 +343,9 @@ class Run:
         steps = cfg.steps if kind == "student" else cfg.teacher_steps
         size = cfg.batch_size if kind == "student" else cfg.teacher_batch_size
         states = {name: machine.unwrap(part) for name, part in states.items()}
+        eval_every = cfg.eval_every if kind == "student" else 0
+        if eval_every:
+            self.judge                             # computes the features of the data, or fails
         start, seconds = self.restored(kind, states)
         start, self.begun = max(start, first), self.begun - seconds
         if start > steps:
@@ -298,55 +353,107 @@ class Run:
                             f"{start} steps or more")
 
         with Interrupt() as interrupt, Log(self.logfile(kind), columns, cfg.log_every, start,
-                                           steps, size, kind) as log:
+                                           steps, size, kind, bool(cfg.log)) as log:
             self.log = log.add
 
             def iterations():
                 for done in range(start + 1, steps + 1):
                     yield done - 1
-                    stop = interrupt.now(self.device)
+                    stop = interrupt.now()
                     if done % cfg.save_every == 0 or done == steps or stop:
                         log.fetch()                # so a loss that is not finite is never saved
-                        self.save(kind, states, done)
+                        self.save(kind, states, done, self.resume_files(kind)[1])
+                    if cfg.keep_every and done % cfg.keep_every == 0:
+                        self.save_ema(self.folder / f"{kind}_{done:06d}.pt", kind, states["ema"],
+                                      done)
                     if stop and done < steps:
                         raise Interrupted(self, done, steps)
-                    if done % cfg.preview_every == 0:
+                    if FIRST and done % cfg.preview_every == 0:
                         self.preview(kind, states["ema"], done)
+                    if eval_every and done % eval_every == 0:
+                        log.show(self.measure(states["ema"], done))
 
             self.save(kind, states, start)
             yield iterations()
 
     def restored(self, kind, states):
         """(step, seconds so far) of a run that resumes, its states restored; else (0, 0.0)."""
-        path = self.resume_file(kind)
-        if not (self.cfg.resume and path.exists()):
+        files = [file for file in self.resume_files(kind) if file.exists()]
+        if not (self.cfg.resume and files):
             if kind == "teacher":
                 self.discard_older(self.path("teacher"))
             if FIRST:
                 self.logfile(kind).unlink(missing_ok=True)   # of an older run
+                if kind == "student":
+                    self.quality.unlink(missing_ok=True)
             return 0, 0.0
-        content = checkpoint.load(path, f"{kind} resume")      # not on the GPU, which may be full
+        for path in files:                         # the newest that is whole
+            try:                                   # mapped: all processes share the host's memory
+                content = checkpoint.load(path, f"{kind} resume", mmap=True, checksums=True)
+                break
+            except UserError:
+                if path == files[-1]:
+                    raise
         if content.get("data", self.dataset.key) != self.dataset.key:
             raise UserError(f"{path} was trained on other data: {content['data']} (these are "
                             f"{self.dataset.key}); name the same data, or another --out")
         for name, part in states.items():
             checkpoint.load_state(part, content[name], path)
+        machine.wait()                             # all have read it before one of them writes
+        newest = self.resume_files(kind)[0]
+        if FIRST and path != newest:
+            print(f"{newest} is missing or damaged; continuing from {path}, of step "
+                  f"{content['step']}")
+            path.replace(newest)
         return content["step"], content.get("seconds", 0.0)
 
-    def save(self, kind, states, step):
-        checkpoint.save(self.resume_file(kind), f"{kind} resume", self.cfg, self.shape, step,
-                        data=self.dataset.key, seconds=time.perf_counter() - self.begun,
+    @torch.no_grad()
+    def save(self, kind, states, step, older=None):
+        """Saves a state to continue from; the one before moves to `older`, if that is named.
+
+        Raises Diverged if a network has a weight that is not finite.
+        """
+        for name, part in states.items():
+            if isinstance(part, nn.Module) and not get_total_norm(part.parameters()).isfinite():
+                raise Diverged(f"the weights of net.{name} are no longer finite at step {step}")
+        checkpoint.save(self.resume_files(kind)[0], f"{kind} resume", self.cfg, self.shape, step,
+                        older, data=self.dataset.key, seconds=time.perf_counter() - self.begun,
                         **{name: part.state_dict() for name, part in states.items()})
 
+    def save_ema(self, path, kind, ema, step):
+        checkpoint.save(path, kind, self.cfg, self.shape, step, ema=ema.state_dict(),
+                        data=self.dataset.key, seconds=time.perf_counter() - self.begun)
+
+    def on_device(self, ema):
+        """The EMA, or a copy of it on the run's device if it is kept elsewhere (--ema-on-cpu)."""
+        there = next(ema.parameters()).device.type == self.device.type
+        return ema if there else copy_of(ema).to(self.device)
+
     def preview(self, kind, ema, step):
-        if FIRST:
-            if next(ema.parameters()).device.type != self.device.type:   # --ema-on-cpu
-                ema = copy_of(ema).to(self.device)
-            name, nfes = ("", (1, 4)) if kind == "student" else ("teacher_", (4, 16))
-            sample.strips(self.folder / f"{name}preview_{step:06d}.png", [(kind, ema, None)],
-                          self.shape, nfes, device=self.device, decode=self.dataset.decode,
+        """Draws samples of the EMA, and the loss curves so far."""
+        name, nfes = ("", (1, 4)) if kind == "student" else ("teacher_", (4, 16))
+        with unimportant():
+            sample.strips(self.folder / f"{name}preview_{step:06d}.png",
+                          [(kind, self.on_device(ema), None)], self.shape, nfes,
+                          device=self.device, decode=self.dataset.decode,
                           title=f"the {kind}'s EMA after {step} iterations",
                           conditions=conditions_of(self.cfg))
+            self.draw_losses(kind)
+
+    def measure(self, ema, step):
+        """Measures the EMA as evaluate.py does, at 1 and 4 NFE; returns the row of quality.csv."""
+        import evaluate
+        reference, settings = self.judge
+        measured = evaluate.measure("student", self.on_device(ema), (1, 4), reference, **settings)
+        row = {"step": str(step)} | {f"distance at {m['nfe']} NFE": f"{m['distance']:.6g}"
+                                     for m in measured}
+        if FIRST:
+            tqdm.write(f"{reference.name}: " + ", ".join(f"{k} {v}" for k, v in row.items()))
+            with unimportant():
+                rows = [r for r in read_rows(self.quality) if int(r["step"]) < step] + [row]
+                write_rows(self.quality, row, rows)
+                pictures.losses(self.quality.with_suffix(".png"), curves(rows), reference.name)
+        return row
 
     def finish(self, kind, ema):
         """Writes teacher.pt or student.pt and the pictures; returns its path."""
@@ -356,8 +463,9 @@ class Run:
                 picture.unlink()
         if FIRST and self.cfg.dataset == "captioned":
             ema.save(self.folder)                  # for every tool that reads diffusers' layout
-        checkpoint.save(self.path(kind), kind, self.cfg, self.shape, steps, ema=ema.state_dict(),
-                        data=self.dataset.key, seconds=time.perf_counter() - self.begun)
+        self.save_ema(self.path(kind), kind, ema, steps)
+        if FIRST:
+            self.resume_files(kind)[1].unlink(missing_ok=True)
         self.pictures(kind)
         self.begun = time.perf_counter()           # of the student, after its teacher
         return self.path(kind)
@@ -367,13 +475,16 @@ class Run:
             return self.folder / "losses.png", self.folder / "samples.png"
         return (self.folder / "teacher_losses.png",)
 
+    def draw_losses(self, kind):
+        title = self.cfg.method if kind == "student" else "teacher"
+        pictures.losses(self.picture_paths(kind)[0], curves(read_rows(self.logfile(kind))),
+                        f"{title} on {self.cfg.dataset}")
+
     def pictures(self, kind):
         """Draws the loss curves, and the samples of a student, if they are missing."""
         losses, *samples = self.picture_paths(kind)
         if FIRST and not losses.is_file():
-            rows = read_rows(self.logfile(kind))
-            title = self.cfg.method if kind == "student" else "teacher"
-            pictures.losses(losses, curves(rows), f"{title} on {self.cfg.dataset}")
+            self.draw_losses(kind)
         if samples and not samples[0].is_file():
             self.strips(samples[0], self.dataset)
         return [path for path in (*samples, losses) if path.is_file()]

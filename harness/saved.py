@@ -60,21 +60,27 @@ def home_of(file):
     return Path("runs/weights", folder.name) if folder.parent == SHIPPED else folder
 
 
-def open_network(file, **given):
-    """(network, checkpoint, cfg) of a teacher.pt, student.pt or resume state; its EMA is used.
+def open_network(file, weights="ema", **given):
+    """(network, checkpoint, cfg) of a teacher.pt, student.pt or resume state.
 
-    cfg are the settings of the checkpoint. Those of the machine come from `given` instead, or are
-    the defaults; `given` may also hold vae_weights and data_dir.
+    `weights` chooses among the networks of a state: "ema", "theta" (the teacher's or student's own
+    weights), "target" (theta~). Raises UserError if the file does not have them. cfg are the
+    settings of the checkpoint. Those of the machine come from `given` instead, or are the defaults;
+    `given` may also hold vae_weights and data_dir.
     """
     content = checkpoint.load(file, ("teacher", "student", "teacher resume", "student resume"),
                               pipeline=given.get("teacher_checkpoint", ""))
+    part = content["kind"].split()[0] if weights == "theta" else weights
+    if part not in content:
+        raise UserError(f"{file} has no weights of {weights}; --weights ema is in every file, "
+                        "theta and target are in a student_resume.pt")
     here = {name: getattr(Config, name) for name in (*MACHINE, "compile", "grad_accum")}
     cfg = checkpoint.config_of(content, **here | given)
     device = machine.choose_device(cfg)
     network = velocity_network(cfg, content["shape"])
     if cfg.method == "flowmap" and content["kind"].startswith("student"):
         network = flow_map(network)
-    checkpoint.load_weights(network, content["ema"], file)
+    checkpoint.load_weights(network, content[part], file)
     network.one_step = cfg.method == "fgm" and content["kind"].startswith("student")
     return machine.prepare(copy_of(network), cfg, device), content, cfg
 

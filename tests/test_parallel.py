@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ import pytest
 import torch
 
 import data
+import evaluate
 import latents
 import train
 from config import make_config
@@ -73,6 +75,16 @@ def end(started):
     return [SimpleNamespace(code=process.exitcode, out=Path(f"out{rank}").read_text(),
                             err=Path(f"err{rank}").read_text())
             for rank, process in enumerate(started)]
+
+
+def changed_script(code, script="train"):
+    """A script in the current folder that runs `code` in each process before the script itself."""
+    path = Path("changed.py").absolute()
+    path.write_text("import os, signal, sys, time\nfrom pathlib import Path\n"
+                    f"import data, evaluate, latents, sample, {script}\n"
+                    "from harness.script import run_script\nrank = int(os.environ['RANK'])\n"
+                    f"{textwrap.dedent(code)}\nrun_script({script}.main)\n")
+    return path
 
 
 def all_work(line, n=2):
@@ -252,9 +264,87 @@ def test_ctrl_c_stops_all_processes_after_the_same_step(signalled, moons):
     assert read("run/student.pt")["step"] == step + 2
 
 
+def test_all_processes_stop_two_steps_after_one_was_asked(moons):
+    """However seldom the log is written."""
+    shutil.copy(moons.home / "runs/one/teacher.pt", "teacher.pt")
+    script = changed_script("""
+        step, terms = train.STEPS["scflow"]
+        def asked(net, batch, number, *others):
+            if (rank, number) == (1, 4):
+                signal.raise_signal(signal.SIGINT)
+            return step(net, batch, number, *others)
+        train.STEPS["scflow"] = asked, terms
+    """)
+    ended = end(start(f"{script} {MOONS} --teacher-checkpoint teacher.pt --log-every 1000 "
+                      "--save-every 1000 --out run"))
+    assert [e.code for e in ended] == [130, 130], ended[0].err + ended[1].err
+    assert read("run/student_resume.pt")["step"] == 6
+
+
+def test_measuring_and_the_end_while_the_first_process_draws(moons, monkeypatch):
+    """The others wait for it, and the measured distances are those of one process."""
+    shutil.copy(moons.home / "runs/one/teacher.pt", "teacher.pt")
+    line = f"{MOONS} --teacher-checkpoint teacher.pt --preview-every 100 --eval-every 5"
+    few = """
+        def few(args, *others, prepare=evaluate.prepare):
+            args.n = 100
+            return prepare(args, *others)
+        evaluate.prepare = few
+    """
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "prepare", evaluate.prepare)   # restored at the end
+        exec(textwrap.dedent(few), {"evaluate": evaluate})
+        works(f"train.py {line} --out one")
+    script = changed_script(few + """
+        def slow(path, *args, **more):
+            time.sleep(2)
+            Path("drawn").touch()
+        sample.strips = slow
+        import harness.script
+        def leave(leave=harness.script.leave):
+            leave()
+            Path(f"ended{rank}").touch()
+        harness.script.leave = leave
+    """)
+    all_work(f"{script} {line} --out two")
+    one, two = (rows(f"{run}/quality.csv") for run in ("one", "two"))
+    assert [row["step"] for row in two] == ["5", "10"]
+    for row, same in zip(one, two):
+        assert row.keys() == same.keys()
+        for name in row:
+            assert float(row[name]) == pytest.approx(float(same[name]), 1e-3), name
+    assert Path("ended1").stat().st_mtime > Path("drawn").stat().st_mtime
+
+
+def test_mnist_is_downloaded_once(tmp_path):
+    """The second process opens the files only when they are whole."""
+    script = changed_script("""
+        import torch, torchvision
+        from types import SimpleNamespace
+        def mnist(folder, train=True, download=False):
+            raw = Path(folder, "MNIST/raw")
+            if download:
+                raw.mkdir(parents=True)
+                Path(f"downloaded{rank}").touch()
+                time.sleep(1)
+                (raw / "images").touch()
+            assert (raw / "images").exists(), "half a download"
+            return SimpleNamespace(data=torch.zeros(60_000, 28, 28, dtype=torch.uint8),
+                                   targets=torch.zeros(60_000, dtype=torch.long))
+        torchvision.datasets.MNIST = mnist
+    """)
+    all_work(f"{script} --dataset mnist --channels 8 --heads 2 --disc-channels 8 --batch-size 4 "
+             "--teacher-batch-size 4 --steps 1 --teacher-steps 1 --device cpu --threads 1")
+    assert [p.name for p in tmp_path.glob("downloaded*")] == ["downloaded0"]
+
+
 @pytest.fixture(scope="module")
 def faces(faces_dir, taef2_files, tmp_path_factory):
-    """Runs on latents of 20 faces, each encoding for itself: "one" process and "two"."""
+    """Runs on latents of 20 faces, each encoding for itself: "one" process and "two".
+
+    The second of two processes looks for the latents only when the first has made them, as if it
+    were on a slow disk; both also split their batches.
+    """
     home, before = tmp_path_factory.mktemp("faces"), Path.cwd()
     copy_faces(faces_dir, 20, home / "faces")
     line = ("train.py --dataset folder --data-dir faces --vae taef2 --image-size 64 --model tiny "
@@ -266,7 +356,15 @@ def faces(faces_dir, taef2_files, tmp_path_factory):
     os.chdir(home)
     try:
         works(f"{line} --out one --latents-dir latents-one")
-        ended = all_work(f"{line} --out two --latents-dir latents-two --checkpointing")
+        late = changed_script("""
+            def late(*args, encoded=latents.encoded):
+                while rank == 1 and not list(Path("latents-two").glob("*.npy")):
+                    time.sleep(0.05)
+                return encoded(*args)
+            latents.encoded = late
+        """)
+        ended = all_work(line.replace("train.py", str(late)) + " --out two "
+                         "--latents-dir latents-two --checkpointing --grad-accum 2")
     finally:
         os.chdir(before)
     return SimpleNamespace(home=home, ended=ended)
@@ -308,6 +406,19 @@ def test_a_batch_that_does_not_divide():
     assert first.startswith("train.py: ") and second.startswith("train.py (process 1 of 2): ")
     assert "--batch-size 33" in first and "2 processes" in first
     assert not list(Path().rglob("*.pt"))
+
+
+def test_an_error_of_one_process_is_printed_with_its_rank():
+    script = changed_script("""
+        from harness import UserError
+        def load(*args, load=data.load):
+            if rank == 1:
+                raise UserError("no room here")
+            return load(*args)
+        data.load = load
+    """)
+    _, second = end(start(f"{script} {MOONS}"))
+    assert second.code == 2 and second.err.endswith("(process 1 of 2): no room here\n")
 
 
 def test_one_gpu_for_all_processes(monkeypatch):

@@ -24,6 +24,7 @@ import pytest
 import torch
 
 import data
+import evaluate
 import losses
 import sample
 import teacher
@@ -508,6 +509,20 @@ def test_a_teachers_loss_that_is_not_finite(monkeypatch, no_pictures):
     assert not Path("runs/moons/teacher.pt").exists()
 
 
+def test_weights_that_are_not_finite_are_never_saved(monkeypatch, no_pictures):
+    """Also if every loss of the iteration was finite, as when D's gradient is infinite."""
+    def step(net, batch, number, *others):
+        terms = train.scflow_step(net, batch, number, *others)
+        if number == 7:
+            next(net.disc.parameters()).data.fill_(math.inf)
+        return terms
+
+    monkeypatch.setitem(train.STEPS, "scflow", (step, train.TERMS))
+    refused(f"train.py {MOONS} --save-every 4", "net.disc", "step 8", "--precision fp32")
+    state = read("runs/moons/student_resume.pt")
+    assert state["step"] == 4 and all(v.isfinite().all() for v in state["disc"].values())
+
+
 # --------------------------------------------------------------------- stopping and resuming
 
 
@@ -546,6 +561,46 @@ def test_resuming_equals_never_having_stopped(script, stage, same_command, finis
     works(f"{script} {MOONS} --resume" if same_command else f"{script} {flags}")
     works(f"train.py {MOONS}")
     assert_same_run("runs/moons", finished_run.folder)
+
+
+def flip(path):
+    """Changes bytes in the middle of a file; only its checksums tell."""
+    content = bytearray(path.read_bytes())
+    middle = slice(len(content) * 3 // 5, len(content) * 7 // 10)
+    content[middle] = bytes(byte ^ 64 for byte in content[middle])
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [half, flip, Path.unlink], ids=["cut", "changed", "gone"])
+@pytest.mark.parametrize("stage", ["teacher", "student"])
+def test_the_last_but_one_state_is_kept_and_taken_if_the_last_is_not_whole(
+        stage, damage, finished_run, monkeypatch, no_pictures):
+    interrupted(f"train.py {MOONS} --save-every 4", stage, 10, monkeypatch)
+    newest, older = (Path(f"runs/moons/{stage}_resume{old}.pt") for old in ("", "_old"))
+    assert read(newest)["step"] == 10 and read(older)["step"] == 8
+    damage(newest)
+    printed = works(f"train.py {MOONS} --resume")
+    assert f"{newest} is missing or damaged; continuing from {older}, of step 8" in printed
+    assert_same_run("runs/moons", finished_run.folder)
+    assert not list(Path("runs/moons").glob("*_old.pt"))       # the run is finished
+
+
+def test_of_two_states_that_are_damaged_none_is_touched(monkeypatch, no_pictures):
+    interrupted(f"train.py {MOONS} --save-every 4", "student", 10, monkeypatch)
+    for state in Path("runs/moons").glob("student_resume*.pt"):
+        half(state)
+    before = files()
+    refused("train.py --dataset moons --resume", "student_resume_old.pt", "damaged")
+    assert files() == before
+
+
+def test_a_resumed_run_does_not_lose_its_last_but_one_state(moons, monkeypatch, no_pictures):
+    """The state that is saved again at the start does not count as another one."""
+    line = f"train.py {MOONS} --out new --save-every 4"
+    interrupted(line, "student", 10, monkeypatch)
+    monkeypatch.setitem(train.STEPS, "scflow", failing(UserError("stopped")))
+    refused(f"{line} --resume", "stopped")
+    assert [read(f"new/student_resume{old}.pt")["step"] for old in ("", "_old")] == [10, 8]
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
@@ -636,6 +691,104 @@ def test_previews_show_the_ema(moons, monkeypatch):
     assert same(ema, preview) and same(phi, dict(read(moons / "teacher.pt")["ema"]))
 
 
+def test_averages_are_kept(moons, monkeypatch, no_pictures):
+    kept = {}
+
+    def step(net, batch, number, *others):
+        terms = train.scflow_step(net, batch, number, *others)
+        kept[number + 1] = {k: v.clone() for k, v in net.ema.state_dict().items()}
+        return terms
+
+    monkeypatch.setitem(train.STEPS, "scflow", (step, train.TERMS))
+    works(f"train.py {MOONS} --overwrite --lr 0.003 --keep-every 5")
+    assert {p.name for p in moons.glob("student_[0-9]*.pt")} == {
+        "student_000005.pt", "student_000010.pt"}
+    content = read(moons / "student_000005.pt")
+    assert content["step"] == 5 and same(content["ema"], kept[5])
+    works(f"sample.py --checkpoint {moons / 'student_000005.pt'} --n 9 --nfe 1 --npz a.npz")
+    works(f"train.py {MOONS} --overwrite")
+    assert not list(moons.glob("student_[0-9]*.pt"))   # they were of the older run
+
+
+def test_the_student_is_measured_while_it_is_trained(moons, finished_run, monkeypatch):
+    """As evaluate.py measures it, and without any effect on the run."""
+    def few(args, *others, prepare=evaluate.prepare):
+        return prepare(SimpleNamespace(**{**vars(args), "n": 500}), *others)
+
+    monkeypatch.setattr(evaluate, "prepare", few)      # 50,000 points would take long
+    works(f"train.py {MOONS} --overwrite --eval-every 8 --keep-every 8")
+    assert same(*(read(run / "student_resume.pt")["student"]
+                  for run in (moons, finished_run.folder)))
+    Path("alone").mkdir()                              # without the teacher
+    shutil.copy(moons / "student_000008.pt", "alone")
+    works("evaluate.py --checkpoint alone/student_000008.pt --nfe 1 4 --out measured")
+    expected = {row["nfe"]: row["distance"]
+                for row in json.loads(Path("measured.json").read_text())["rows"]}
+    printed = works("train.py --dataset moons --resume --steps 16")
+    first, second = rows(moons / "quality.csv")
+    for k in (1, 4):
+        assert float(first[f"distance at {k} NFE"]) == pytest.approx(expected[k], rel=1e-4)
+    assert (first["step"], second["step"]) == ("8", "16")
+    assert f"step 16, distance at 1 NFE {second['distance at 1 NFE']}" in printed
+    assert is_picture(moons / "quality.png")
+    works(f"train.py {MOONS} --overwrite")
+    assert not (moons / "quality.csv").exists()        # it was of the older run
+
+
+def test_a_measurement_that_is_not_possible_is_refused_before_anything_is_replaced(
+        moons, monkeypatch):
+    def impossible(*args):
+        raise UserError("no features")
+
+    monkeypatch.setattr("evaluate.Reference", impossible)
+    before = files()
+    refused(f"train.py {MOONS} --overwrite --lr 0.003 --eval-every 6", "no features")
+    assert files() == before
+
+
+def test_loss_curves_are_drawn_while_it_is_trained(monkeypatch):
+    """And a picture that cannot be drawn does not stop training."""
+    curves = {}
+    monkeypatch.setattr(sample, "strips", lambda path, *args, **more: None)
+    monkeypatch.setattr(pictures, "losses", lambda path, c, title: curves.setdefault(path.name, c))
+    interrupted(f"train.py {MOONS} --save-every 4", "student", 7, monkeypatch)
+    assert curves["losses.png"]["cd"][0] == (2, 4, 6)
+
+    def fails(path, *args, **more):
+        raise UserError(f"could not write {path}")
+    monkeypatch.setattr(sample, "strips", lambda path, *args, **more: (
+        fails(path) if "preview" in str(path) else None))
+    assert "preview_000012.png; training goes on" in works("train.py --dataset moons --resume")
+
+
+def test_the_log_for_tensorboard(monkeypatch, no_pictures):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    refused(f"train.py {MOONS} --log tensorboard", "pip install tensorboard")
+    assert not Path("runs").exists()
+    shown = []
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step):
+            self.name = f"{folder.relative_to('runs/moons')} from {purge_step}"
+
+        def add_scalar(self, *scalar):
+            shown.append((self.name, *scalar))
+
+        def close(self):
+            shown.append(self.name)
+
+    monkeypatch.setitem(sys.modules, "tensorboard", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard",
+                        SimpleNamespace(SummaryWriter=SummaryWriter))
+    interrupted(f"train.py {MOONS} --log tensorboard", "student", 6, monkeypatch)
+    works("train.py --dataset moons --resume")
+    for row in rows("runs/moons/log.csv"):
+        start = 1 if int(row["step"]) <= 6 else 7
+        assert (f"tensorboard/student from {start}", "cd", float(row["cd"]),
+                int(row["step"])) in shown
+    assert shown[-1] == "tensorboard/student from 7" and "tensorboard/teacher from 1" in shown
+
+
 def test_ctrl_c_of_a_real_process():
     started = subprocess.Popen(
         [sys.executable, REPO / "train.py", *f"--dataset moons {SIZES}".split(),
@@ -677,7 +830,10 @@ def test_kill_9_at_random_moments(monkeypatch):
         return process
 
     def saved():
-        return {p.name: p.stat().st_mtime_ns for p in Path("torn").glob("*_resume.pt")}
+        try:
+            return {p.name: p.stat().st_mtime_ns for p in Path("torn").glob("*_resume.pt")}
+        except FileNotFoundError:                  # moves aside at this moment
+            return saved()
 
     whole = start("--out", "whole")
     whole.join()
@@ -835,8 +991,8 @@ def test_a_full_disk_while_logging(moons, monkeypatch, no_pictures):
     assert [int(row["step"]) for row in rows("new/log.csv")] == [*range(2, 13, 2)]
 
 
-@pytest.mark.parametrize("end", ["", "1", "10,0.5", "abc,", "-4" + ",1" * 10, "4" + ",1" * 10,
-                                 "10" + ",x" * 10, "10" + ",1" * 11, "\xff\0"])
+@pytest.mark.parametrize("end", ["", "1", "10,0.5", "abc,", "-4" + ",1" * 11, "4" + ",1" * 11,
+                                 "10" + ",x" * 11, "10" + ",1" * 12, "\xff\0"])
 def test_a_log_that_was_cut_or_edited(end, moons, no_pictures):
     """Damaged rows are left out, and the others are neither lost nor mixed up."""
     path = moons / "log.csv"
@@ -984,6 +1140,20 @@ def test_an_unfinished_run_can_be_sampled(moons):
     assert "student_resume.pt" in works("sample.py --nfe 1 --n 9 --out a.png")
     works(f"sample.py --checkpoint {moons / 'teacher_resume.pt'} --nfe 1 --n 9 --out b.png")
     assert is_picture("a.png") and is_picture("b.png")
+
+
+def test_the_weights_of_a_state_that_are_sampled(moons):
+    """Each gives the samples of a student.pt with these weights."""
+    line = f"sample.py --n 9 --nfe 2 --checkpoint {moons}"
+    for weights, part in (("theta", "student"), ("target", "target"), ("ema", "ema")):
+        works(f"{line}/student_resume.pt --weights {weights} --npz {weights}.npz")
+        changed(moons / "student.pt", put("ema", read(moons / "student_resume.pt")[part]), "a.pt")
+        works("sample.py --n 9 --nfe 2 --checkpoint a.pt --npz expected.npz")
+        assert np.array_equal(np.load(f"{weights}.npz")["arr_0"], np.load("expected.npz")["arr_0"])
+    assert not np.array_equal(np.load("theta.npz")["arr_0"], np.load("ema.npz")["arr_0"])
+    works(f"{line}/teacher_resume.pt --weights theta --npz theta.npz")
+    refused(f"{line}/teacher_resume.pt --weights target", "teacher_resume.pt", "target", "ema")
+    refused(f"{line}/student.pt --weights theta", "student.pt", "theta", "student_resume.pt")
 
 
 # ------------------------------------------------------------------------------- evaluation
