@@ -10,7 +10,8 @@ import statistics
 import sys
 import time
 from dataclasses import replace
-from itertools import islice
+from functools import reduce
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +22,13 @@ import data
 import sample
 from config import (CAPTION_SETS, CLASSES, DATASETS, LATENT_SETS, MACHINE, POINT_SETS, identity,
                     make_config)
-from harness import UserError
+from harness import UserError, machine
 from harness.checkpoint import differences, write_text
 from harness.machine import choose_device
 from harness.pictures import from_uint8
 from harness.script import add_field_flags, given_flags, make_parser, run_script
 from study import clip
-from study.features import extractor, mnist_classifier
+from study.features import Spread, data_features, extractor, mnist_classifier
 
 # settings with which checkpoints are opened
 OPENING = (*MACHINE, "data_dir", "vae_weights", "teacher_checkpoint")
@@ -102,72 +103,24 @@ def precision_recall(real, fake, k=3, real_radii=None):
     return precise.double().mean().item(), torch.cat(recalled).double().mean().item()
 
 
-class Spread:
-    """Std of samples that come in batches: the root of the mean variance over their elements.
-
-    With classes y it is the std within a class: the variances are those of each class, and their
-    mean is over all classes of two or more samples.
-    """
-
-    def __init__(self):
-        self.sums = {}                             # {class: samples, sums, sums of squares}
-
-    def add(self, z, y=None):
-        """Takes in a batch (b, ...), classes (b,) or None; returns the Spread itself."""
-        z = z.flatten(1).double().cpu()
-        for k in [None] if y is None else y.unique().tolist():
-            some = z if y is None else z[y == k]
-            n, *sums = self.sums.get(k, (0, 0, 0))
-            self.sums[k] = n + len(some), sums[0] + some.sum(0), sums[1] + some.square().sum(0)
-        return self
-
-    @property
-    def std(self):
-        variances = [((square / n - (mean / n).square()).mean() * n / (n - 1)).item()
-                     for n, mean, square in self.sums.values() if n > 1]
-        return (sum(variances) / len(variances)) ** 0.5 if variances else float("nan")
-
-
 # ------------------------------------------------------------------------------------ the data
 
 
 def real_data(cfg, n, generator, scenes=None):
-    """(data, held-out data or None, what the data are), the data as iterables of batches (b, ...).
+    """(data, held-out data, what the data are), each float32 (m, ...).
 
     Points: two independent clouds of n. MNIST: the test digits, and n of the training digits.
     scenes is the data set of captions, or None.
     """
     if cfg.dataset in POINT_SETS:
         real, held_out = (data.sample_points(cfg.dataset, n, generator) for _ in range(2))
-        return [real], [held_out], "points"
+        return real, held_out, "points"
     if cfg.dataset == "mnist":
         digits, real = data.mnist(cfg.data_dir)[0], data.mnist(cfg.data_dir, False)[0]
         chosen = torch.randperm(len(digits), generator=generator)[:n]
-        return [from_uint8(real)], [from_uint8(digits[chosen])], "test digits"
-    if scenes:
-        real, held_out = (scenes.draw(*scenes.scenes(n, generator), generator) for _ in range(2))
-        return [real], [held_out], "pictures"
-    return images_in_blocks(cfg), None, "images"
-
-
-def images_in_blocks(cfg):
-    """Yields all images of a folder or data set, float32 (BLOCK, 3, H, W) in [-1, 1]."""
-    import latents                                 # here, so that points start without torchvision
-    try:
-        images, count = latents.open_images(cfg), 0
-    except UserError as e:                         # of captioned --real names them
-        raise UserError(str(e).replace("--data-dir", "--real") if cfg.dataset == "captioned"
-                        else str(e)) from e
-    decoded = latents.decoded(images, cfg.image_size, enlarge=cfg.dataset == "captioned")
-    decoded = tqdm(decoded, "features of the data", images.size)
-    pixels = (pixels for _, pixels, _ in decoded if pixels is not None)
-    while block := list(islice(pixels, BLOCK)):
-        count += len(block)
-        yield from_uint8(torch.stack(block))
-    if not count:
-        raise UserError(f"{cfg.data_dir} has no image that can be read")
-    if count < images.size:
-        print(f"skipped {images.size - count:,} images that cannot be read")
+        return from_uint8(real), from_uint8(digits[chosen]), "test digits"
+    real, held_out = (scenes.draw(*scenes.scenes(n, generator), generator) for _ in range(2))
+    return real, held_out, "pictures"
 
 
 class Reference:
@@ -178,22 +131,26 @@ class Reference:
     features and their conditions that tells which are as they were asked for. std: the data's
     spread, within: that within a class. scenes: the data set of captions, or None. name: the
     distance in words. floor: the score of held-out real data, the best that samples can reach.
+    paper: images are compared as JPEG. All processes make one; rank 0 compares.
     """
 
-    def __init__(self, cfg, n, spec=None, device="cpu"):
+    def __init__(self, cfg, n, spec=None, device="cpu", paper=False):
         self.points = cfg.dataset in POINT_SETS
         if self.points and spec is not None:
             raise UserError("--features is for images; points are compared as they are")
         name, self.features, self.classes = ("points", lambda z: z, mode_of(cfg)) if (
-            self.points) else extractor(cfg, spec, device)
+            self.points) else extractor(cfg, spec, device, paper)
         self.right = lambda x, features, y: (
             {"class": self.classes(features) == y} if self.classes else {})
         self.scenes = captions_with_judge(cfg) if cfg.dataset in CAPTION_SETS else None
         if self.scenes:
             self.right = lambda x, features, y: self.scenes.scores(x, y)
         generator = torch.Generator().manual_seed(20_000)
-        batches, held_out, kind = real_data(cfg, n, generator, self.scenes)
-        real, self.std, self.within = self.embedded(batches)
+        if cfg.dataset in LATENT_SETS:
+            (real, self.std), held_out, kind = data_features(cfg, name, self.features), None, "images"
+        else:
+            x, held_out, kind = real_data(cfg, n, generator, self.scenes)
+            real, self.std, self.within = self.embedded(x)
 
         size, d = min(n, len(real)), real.shape[1]
         self.name = f"sliced W2 x 1000, {n:,} points" if self.points else (
@@ -206,7 +163,7 @@ class Reference:
                             "take more by --n, more images, or fewer features by --features")
         self.at_most = min(size, NEIGHBOURS)
         self.data = real[torch.randperm(len(real), generator=generator)]
-        self.radii = neighbour_radii(self.data[:self.at_most])
+        self.radii = machine.from_first(neighbour_radii, self.data[:self.at_most])
         self.projected = projections(self.data) if self.points else None
 
         if held_out is None:                       # some of the images against the rest
@@ -218,24 +175,20 @@ class Reference:
             self.floor_name = "data against data"
             self.floor = self.compare(fake) | {"spread": std / self.std}
 
-    def embedded(self, batches):
-        """Features (n, d), spread, and spread within a class of data that come in batches."""
-        features, spread, within = [], Spread(), Spread()
-        for x in batches:
-            features.append(self.features(x))
-            spread.add(x)
-            if self.classes:
-                within.add(x, self.classes(features[-1]))
-        return torch.cat(features), spread.std, within.std
+    def embedded(self, x):
+        """Features (n, d), spread, and spread within a class of data (n, ...)."""
+        features = self.features(x)
+        within = Spread().add(x, self.classes(features)).std if self.classes else math.nan
+        return features, Spread().add(x).std, within
 
     def compare(self, fake, real=None):
         """Distance, precision and recall of features (n, d), against the data's or `real`."""
         radii = self.radii if real is None else None
         real = self.data if real is None else real
         k = min(self.at_most, len(real), len(fake))
-        precision, recall = precision_recall(real[:k], fake[:k], real_radii=radii)
+        precision, recall = machine.from_first(precision_recall, real[:k], fake[:k], 3, radii)
         distance = (1000 * sliced_w2(fake, real, self.projected) if self.points
-                    else frechet_distance(fake, real))
+                    else machine.from_first(frechet_distance, fake, real))
         return {"distance": distance, "precision": precision, "recall": recall}
 
 
@@ -274,12 +227,13 @@ def measure(name, network, nfes, reference, shape, n, seed=0, solver="euler", ba
     steps = [k // calls for k in nfes if k % calls == 0]
     rows, one_step = [], {}                        # {first sample of a batch: its one-step samples}
     for k in sorted({1, *steps}):
-        features, spread, within, gap, seconds, right = [], Spread(), Spread(), 0.0, 0.0, {}
-        for start in tqdm(range(0, n, batch), f"{name}, {k} NFE", unit="batch", leave=False):
-            begun = time.perf_counter()
-            some = None if y is None else y[start : start + min(batch, n - start)]
-            z = sample.draw(network, shape, min(batch, n - start), k, seed, solver, batch, device,
-                            first=start, y=some)
+        mine, features, right, gap, seconds = machine.mine(n), [], {}, 0.0, 0.0
+        spread, within = Spread(), Spread()
+        for start in tqdm(mine[::batch], f"{name}, {k} NFE", unit="batch", leave=False,
+                          disable=not machine.FIRST):
+            begun, size = time.perf_counter(), min(batch, mine.stop - start)
+            some = None if y is None else y[start : start + size]
+            z = sample.draw(network, shape, size, k, seed, solver, batch, device, start, some)
             x = decode(z)
             seconds += time.perf_counter() - begun
             if not (z.abs() < 1e10).all():         # false for nan as well
@@ -294,15 +248,25 @@ def measure(name, network, nfes, reference, shape, n, seed=0, solver="euler", ba
                 for what, is_right in reference.right(x, features[-1], some).items():
                     right.setdefault(what, []).append(is_right)
         if k in steps:
-            shares = {RIGHT + what: torch.cat(parts).double().mean().item()
-                      for what, parts in right.items()}
+            fake, right, gap, seconds, spread, within = joined(machine.gathered(
+                (features, right, gap, seconds, spread.sums, within.sums)))
+            shares = {RIGHT + what: x.double().mean().item() for what, x in right.items()}
             if within.sums and math.isfinite(ratio := within.std / reference.within):
                 shares[WITHIN] = ratio
             rows.append({"network": name, "nfe": k * calls, "seed": seed,
-                         **reference.compare(torch.cat(features)), **shares,
+                         **reference.compare(fake), **shares,
                          "consistency": (gap / (n * math.prod(shape))) ** 0.5,
                          "spread": spread.std / reference.std, "per_second": n / seconds})
     return rows
+
+
+def joined(parts):
+    """What the processes measured, each of its own samples, as one process measures all."""
+    features, right, gaps, seconds, *spreads = zip(*parts)
+    return (torch.cat(sum(features, [])),
+            {what: torch.cat(sum((part.get(what, []) for part in right), []))
+             for what in dict.fromkeys(chain(*right))},
+            sum(gaps), max(seconds), *(reduce(Spread.take, sums, Spread()) for sums in spreads))
 
 
 def measures(row):
@@ -360,7 +324,9 @@ def report(dataset, reference, rows, solver="euler"):
 
 
 def write(out, dataset, reference, rows, text, **more):
-    """Prints the text and writes it as OUT.md, the rows as OUT.json."""
+    """Rank 0 prints the text and writes it as OUT.md, the rows as OUT.json."""
+    if not machine.FIRST:
+        return
     print(text)
     out = str(out).removesuffix(".json").removesuffix(".md")
     content = dict(dataset=dataset, metric=reference.name, floor=reference.floor, **more, rows=rows)
