@@ -31,12 +31,13 @@ from study import clip
 from study.features import Spread, data_features, extractor, mnist_classifier
 
 # settings with which checkpoints are opened
-OPENING = (*MACHINE, "data_dir", "vae_weights", "teacher_checkpoint")
+OPENING = (*MACHINE, "data_dir", "latents_dir", "vae_weights", "teacher_checkpoint")
 RIGHT = "as asked: "               # before the names of measures of conditional samples
 WITHIN = "spread within a class"   # another of these measures
 MEASURES = ("distance", "precision", "recall", "consistency", "spread", "per_second")
 NEIGHBOURS = 10_000                # precision and recall use at most this many samples of each
-BLOCK = 100                        # rows of a distance matrix, or decoded images, in memory
+BLOCK = 100                        # rows of a distance matrix in memory
+PAPER_SAMPLES = 50_000             # of the paper's FID
 
 
 # ----------------------------------------------------------------------------------- distances
@@ -138,6 +139,8 @@ class Reference:
         self.points = cfg.dataset in POINT_SETS
         if self.points and spec is not None:
             raise UserError("--features is for images; points are compared as they are")
+        if paper and cfg.dataset not in LATENT_SETS:
+            raise UserError(f"--protocol paper is for celebahq and folder, not for {cfg.dataset}")
         name, self.features, self.classes = ("points", lambda z: z, mode_of(cfg)) if (
             self.points) else extractor(cfg, spec, device, paper)
         self.right = lambda x, features, y: (
@@ -158,6 +161,8 @@ class Reference:
         if cfg.dataset == "captioned":
             self.name += (f" (centre crop, Lanczos to {cfg.image_size} x {cfg.image_size} pixels; "
                           "FID's Inception resizes to 299 x 299)")
+        if cfg.dataset == "celebahq" and not paper:
+            self.name += "; not comparable with the paper's FID (--protocol paper)"
         if not self.points and size <= max(d, 7):  # halves of 4 have 3 neighbours
             raise UserError(f"{size:,} samples are too few for the covariance of {d:,} features; "
                             "take more by --n, more images, or fewer features by --features")
@@ -414,8 +419,9 @@ def prepare(args, cfg, shape, network):
     n, best = ((50_000, 100) if cfg.dataset in POINT_SETS else
                (5_000, 50) if cfg.dataset in LATENT_SETS else (2_000, 50))
     n, best = args.n or n, best - (args.solver == "heun")      # Heun takes an odd number
-    device = next(network.parameters()).device
-    reference = Reference(cfg, n, args.features, device)
+    device, paper = next(network.parameters()).device, bool(getattr(args, "protocol", None))
+    machine.start(device)
+    reference = Reference(cfg, n, args.features, device, paper)
     y = reference.scenes.questions(n) if reference.scenes else sample.conditions_of(
         cfg, prompts=getattr(args, "prompts", ()))(n)
     settings = dict(shape=tuple(shape), n=n, solver=args.solver, device=device, y=y,
@@ -426,16 +432,18 @@ def prepare(args, cfg, shape, network):
     return reference, settings, sorted({*args.nfe, best})
 
 
-def add_text_flags(parser):
-    """Adds the flags of text to image."""
+def add_sample_flags(group, parser):
+    """Adds the flags of samples in files, and of text to image."""
+    group.add_argument("--samples", "--npz", nargs="+", metavar="PATH", help="measure these .npz "
+                       "files or folders of images, as sample.py writes them, instead of "
+                       "checkpoints")
+    group.add_argument("--real", metavar="FOLDER", help="the images to compare --samples or "
+                       "captioned with [celebahq: its own]")
     text = parser.add_argument_group("text to image (captioned)")
-    text.add_argument("--prompts", metavar="FILE", help="what to draw, in turn: one prompt per "
-                      "line, or a .json list of [path, prompt]")
-    text.add_argument("--real", metavar="FOLDER", help="the images to compare with")
+    text.add_argument("--prompts", metavar="FILE", help="what to draw, in turn, or what --samples "
+                      "show: one prompt per line, or a .json list of [path, prompt]")
     text.add_argument("--clip", metavar="ID_OR_FOLDER", help="also measure the CLIP score, by this "
                       "CLIPModel of transformers")
-    text.add_argument("--samples", nargs="+", metavar="PATH", help="measure these .npz files or "
-                      "folders of images, in the order of --prompts, instead of checkpoints")
 
 
 def real_folder(args):
@@ -447,24 +455,35 @@ def real_folder(args):
 
 
 def of_samples(args):
-    """--samples: one line per .npz or folder, with its distance to --real and its CLIP score."""
-    real = real_folder(args)
-    lines, device = [], choose_device(make_config("folder", **given_flags(args, MACHINE)))
+    """--samples: one line per .npz or folder, with its distance to the data and its CLIP score."""
+    celebahq = args.dataset == "celebahq"
+    cfg = make_config("celebahq" if celebahq else "folder",
+                      **given_flags(args, (*MACHINE, "data_dir", "latents_dir")))
+    if args.real or not celebahq:
+        cfg = replace(cfg, data_dir=real_folder(args))
+    lines, device = [], choose_device(cfg)
+    machine.start(device)
     score = clip.Score(args.clip, device) if args.clip else None
     for path in args.samples:
-        images = clip.read_samples(path)
-        if score and len(args.prompts) < len(images):
-            raise UserError(f"{path} has {len(images)} samples, and --prompts has "
+        n, side, blocks = clip.read_samples(path)
+        if args.n not in (None, n):
+            raise UserError(f"{path} has {n:,} samples, not {args.n:,}")
+        if celebahq and side != cfg.image_size:
+            raise UserError(f"{path} has samples of {side} x {side}, and celebahq of "
+                            f"{cfg.image_size} x {cfg.image_size}; name other data by --real alone")
+        if score and len(args.prompts) < n:
+            raise UserError(f"{path} has {n} samples, and --prompts has "
                             f"{len(args.prompts)}; name the prompts that they were drawn for")
-        cfg = replace(make_config("folder", data_dir=real, image_size=images.shape[2]),
-                      dataset="captioned")         # whose images are enlarged if they are small
-        reference = Reference(cfg, len(images), args.features, device)
+        # images of `captioned` are enlarged if they are small
+        its = cfg if celebahq else replace(cfg, dataset="captioned", image_size=side)
+        reference = Reference(its, n, args.features, device, bool(args.protocol))
         features, scores = [], []
-        for i, x in clip.in_blocks(images):
+        for i, x in blocks(machine.mine(n)):
             features.append(reference.features(x))
             if score:
                 texts = args.prompts[i : i + len(x)]
                 scores += score(x, None, texts)[score.name].tolist()
+        features, scores = (sum(x, []) for x in zip(*machine.gathered((features, scores))))
         row = reference.compare(torch.cat(features))
         lines.append([Path(path).name, f"{row['distance']:.1f}", f"{row['precision']:.3f}",
                       f"{row['recall']:.3f}"])
@@ -488,13 +507,19 @@ def main(argv=None):
                        "checkpoints, which are the same run with other seeds")
     group.add_argument("--guidance", type=float, nargs="+", default=[None], metavar="W", help=(
         "conditional teachers: guide them with each of these w (Eq. 3) [1]"))
-    add_text_flags(parser)
+    group.add_argument("--protocol", choices=("paper",), help=(
+        f"paper: its FID, of {PAPER_SAMPLES:,} samples that pass through JPEG, as the data do"))
+    add_sample_flags(group, parser)
     args = parse(parser, argv, OPENING, "measure with so many seeds of the noise; the tables show "
                  "medians and half the range [1]", "evaluation beside the checkpoint")
 
+    if args.protocol and args.n:
+        raise UserError(f"--protocol paper takes {PAPER_SAMPLES:,} samples; leave --n out")
+    args.n = PAPER_SAMPLES if args.protocol else args.n
     args.prompts = sample.read_prompts(args.prompts) if args.prompts else ()
     if args.samples:
-        return print(of_samples(args))
+        text = of_samples(args)
+        return print(text) if machine.FIRST else None
     paths = [Path(p) for p in args.checkpoint or [sample.find_student(args.dataset)]]
     teachers, students, content, cfg = networks_of(paths, args.guidance,
                                                    **given_flags(args, OPENING))
@@ -510,7 +535,7 @@ def main(argv=None):
         cfg, args.n = replace(cfg, data_dir=real_folder(args)), args.n or len(args.prompts) or None
     elif args.real or args.prompts or args.clip:
         raise UserError(f"--real, --prompts and --clip are for captioned, not for {cfg.dataset}")
-    elif content.get("data", "") not in ("", data.key(cfg)):
+    elif machine.FIRST and content.get("data", "") not in ("", data.key(cfg)):
         print(f"{paths[0]} was trained on other data than those in {cfg.data_dir}, which it is "
               "now compared with")
 

@@ -225,7 +225,8 @@ def check_flags(args, **least):
             if value is not None and not low <= value < 2**31:
                 raise UserError(f"--{name} {value} makes no sense; it must be at least {low}, and "
                                 "below 2^31")
-    for name in ("checkpoint", "teacher_checkpoint", "prompts", "clip", "npz", "png", "out"):
+    for name in ("checkpoint", "teacher_checkpoint", "prompts", "clip", "samples", "npz", "png",
+                 "out"):
         names = getattr(args, name, None)
         if names == "" or isinstance(names, list) and "" in names:
             raise UserError(f"{flag(name)} takes the name of a file, not an empty text")
