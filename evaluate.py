@@ -139,8 +139,8 @@ class Reference:
         self.points = cfg.dataset in POINT_SETS
         if self.points and spec is not None:
             raise UserError("--features is for images; points are compared as they are")
-        if paper and cfg.dataset not in LATENT_SETS:
-            raise UserError(f"--protocol paper is for celebahq and folder, not for {cfg.dataset}")
+        if paper and n != PAPER_SAMPLES:
+            raise UserError(f"--protocol paper takes {PAPER_SAMPLES:,} samples, not {n:,}")
         name, self.features, self.classes = ("points", lambda z: z, mode_of(cfg)) if (
             self.points) else extractor(cfg, spec, device, paper)
         self.right = lambda x, features, y: (
@@ -150,7 +150,8 @@ class Reference:
             self.right = lambda x, features, y: self.scenes.scores(x, y)
         generator = torch.Generator().manual_seed(20_000)
         if cfg.dataset in LATENT_SETS:
-            (real, self.std), held_out, kind = data_features(cfg, name, self.features), None, "images"
+            real, self.std = data_features(cfg, name, self.features)
+            held_out, kind = None, "images"
         else:
             x, held_out, kind = real_data(cfg, n, generator, self.scenes)
             real, self.std, self.within = self.embedded(x)
@@ -191,10 +192,13 @@ class Reference:
         radii = self.radii if real is None else None
         real = self.data if real is None else real
         k = min(self.at_most, len(real), len(fake))
-        precision, recall = machine.from_first(precision_recall, real[:k], fake[:k], 3, radii)
-        distance = (1000 * sliced_w2(fake, real, self.projected) if self.points
-                    else machine.from_first(frechet_distance, fake, real))
-        return {"distance": distance, "precision": precision, "recall": recall}
+
+        def compared():
+            precision, recall = precision_recall(real[:k], fake[:k], real_radii=radii)
+            distance = (1000 * sliced_w2(fake, real, self.projected) if self.points
+                        else frechet_distance(fake, real))
+            return {"distance": distance, "precision": precision, "recall": recall}
+        return machine.from_first(compared)
 
 
 def captions_with_judge(cfg):
@@ -416,10 +420,13 @@ def prepare(args, cfg, shape, network):
 
     A teacher is measured at the students' NFEs, and at a larger one, at which it is at its best.
     """
+    device, paper = next(network.parameters()).device, getattr(args, "protocol", "") == "paper"
+    if paper and cfg.dataset not in ("celebahq", "folder"):
+        raise UserError(f"--protocol paper is for celebahq and folder, not for {cfg.dataset}")
     n, best = ((50_000, 100) if cfg.dataset in POINT_SETS else
-               (5_000, 50) if cfg.dataset in LATENT_SETS else (2_000, 50))
+               (PAPER_SAMPLES if paper else 5_000, 50) if cfg.dataset in LATENT_SETS else
+               (2_000, 50))
     n, best = args.n or n, best - (args.solver == "heun")      # Heun takes an odd number
-    device, paper = next(network.parameters()).device, bool(getattr(args, "protocol", None))
     machine.start(device)
     reference = Reference(cfg, n, args.features, device, paper)
     y = reference.scenes.questions(n) if reference.scenes else sample.conditions_of(
@@ -433,7 +440,9 @@ def prepare(args, cfg, shape, network):
 
 
 def add_sample_flags(group, parser):
-    """Adds the flags of samples in files, and of text to image."""
+    """Adds the flags of the paper's FID, of samples in files, and of text to image."""
+    group.add_argument("--protocol", choices=("paper",), help=f"paper: its FID, {PAPER_SAMPLES:,} "
+                       "samples against all images, both as JPEG")
     group.add_argument("--samples", "--npz", nargs="+", metavar="PATH", help="measure these .npz "
                        "files or folders of images, as sample.py writes them, instead of "
                        "checkpoints")
@@ -455,7 +464,7 @@ def real_folder(args):
 
 
 def of_samples(args):
-    """--samples: one line per .npz or folder, with its distance to the data and its CLIP score."""
+    """--samples: prints one line per .npz or folder: its distance to the data, its CLIP score."""
     celebahq = args.dataset == "celebahq"
     cfg = make_config("celebahq" if celebahq else "folder",
                       **given_flags(args, (*MACHINE, "data_dir", "latents_dir")))
@@ -466,8 +475,6 @@ def of_samples(args):
     score = clip.Score(args.clip, device) if args.clip else None
     for path in args.samples:
         n, side, blocks = clip.read_samples(path)
-        if args.n not in (None, n):
-            raise UserError(f"{path} has {n:,} samples, not {args.n:,}")
         if celebahq and side != cfg.image_size:
             raise UserError(f"{path} has samples of {side} x {side}, and celebahq of "
                             f"{cfg.image_size} x {cfg.image_size}; name other data by --real alone")
@@ -476,9 +483,9 @@ def of_samples(args):
                             f"{len(args.prompts)}; name the prompts that they were drawn for")
         # images of `captioned` are enlarged if they are small
         its = cfg if celebahq else replace(cfg, dataset="captioned", image_size=side)
-        reference = Reference(its, n, args.features, device, bool(args.protocol))
+        reference = Reference(its, n, args.features, device, args.protocol == "paper")
         features, scores = [], []
-        for i, x in blocks(machine.mine(n)):
+        for i, x in tqdm(blocks(machine.mine(n)), Path(path).name, disable=not machine.FIRST):
             features.append(reference.features(x))
             if score:
                 texts = args.prompts[i : i + len(x)]
@@ -490,7 +497,8 @@ def of_samples(args):
         lines[-1] += [f"{100 * statistics.mean(scores):.1f}"] if score else []
     heads = ["samples", "distance", "precision", "recall"] + (
         [f"{score.name}, in percent"] if score else [])
-    return f"{reference.name}\n\n{markdown([heads, *lines])}"
+    if machine.FIRST:
+        print(f"{reference.name}\n\n{markdown([heads, *lines])}")
 
 
 def main(argv=None):
@@ -507,19 +515,13 @@ def main(argv=None):
                        "checkpoints, which are the same run with other seeds")
     group.add_argument("--guidance", type=float, nargs="+", default=[None], metavar="W", help=(
         "conditional teachers: guide them with each of these w (Eq. 3) [1]"))
-    group.add_argument("--protocol", choices=("paper",), help=(
-        f"paper: its FID, of {PAPER_SAMPLES:,} samples that pass through JPEG, as the data do"))
     add_sample_flags(group, parser)
     args = parse(parser, argv, OPENING, "measure with so many seeds of the noise; the tables show "
                  "medians and half the range [1]", "evaluation beside the checkpoint")
 
-    if args.protocol and args.n:
-        raise UserError(f"--protocol paper takes {PAPER_SAMPLES:,} samples; leave --n out")
-    args.n = PAPER_SAMPLES if args.protocol else args.n
     args.prompts = sample.read_prompts(args.prompts) if args.prompts else ()
     if args.samples:
-        text = of_samples(args)
-        return print(text) if machine.FIRST else None
+        return of_samples(args)
     paths = [Path(p) for p in args.checkpoint or [sample.find_student(args.dataset)]]
     teachers, students, content, cfg = networks_of(paths, args.guidance,
                                                    **given_flags(args, OPENING))

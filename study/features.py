@@ -53,21 +53,24 @@ def mnist_classifier(data_dir, folder=Path("runs/mnist"), epochs=2):
     """
     cfg = make_config("mnist", data_dir=str(data_dir), condition="class")   # labels count
     path = folder / f"classifier-{data.key(cfg)}.pt"
-    if machine.FIRST and not path.exists():
-        if others := [str(p) for p in sorted(folder.glob("classifier*.pt"))]:
-            print(f"{', '.join(others)}: trained on other data, or before classifiers remembered "
-                  f"theirs; training {path}")
-        train_classifier(path, cfg, epochs)
-    machine.wait()
+    torch.manual_seed(0)
     net = Classifier()
+    if not machine.from_first(path.exists):
+        digits, test = (data.mnist(data_dir, train) for train in (True, False))
+        if machine.FIRST:
+            if others := [str(p) for p in sorted(folder.glob("classifier*.pt"))]:
+                print(f"{', '.join(others)}: trained on other data, or before classifiers "
+                      f"remembered theirs; training {path}")
+            train_classifier(net, digits, test, epochs)
+        # not within the block above: the others wait until rank 0 has saved
+        checkpoint.save(path, "classifier", cfg, (1, 28, 28), epochs, net=net.state_dict())
     checkpoint.load_weights(net, checkpoint.load(path, "classifier")["net"], path)
     return net.eval()
 
 
-def train_classifier(path, cfg, epochs):
-    """Trains the classifier of the digits that cfg names, and saves it."""
-    torch.manual_seed(0)
-    net, (images, labels) = Classifier(), data.mnist(cfg.data_dir)
+def train_classifier(net, digits, test, epochs):
+    """Trains the classifier on digits, (images, labels), and prints how well it does on others."""
+    images, labels = digits
     generator, batch = torch.Generator().manual_seed(0), 100
     steps = epochs * len(images) // batch
     opt = torch.optim.AdamW(net.parameters(), lr=1e-3)
@@ -82,11 +85,9 @@ def train_classifier(path, cfg, epochs):
         rates.step()
 
     net.eval()
-    images, labels = data.mnist(cfg.data_dir, train=False)
     with torch.no_grad():
-        answers = torch.cat([net(from_uint8(x)).argmax(1) for x in images.split(500)])
-    print(f"classifier: {100 * (answers == labels).float().mean():.2f} % of the test digits right")
-    checkpoint.save(path, "classifier", cfg, (1, 28, 28), steps, net=net.state_dict())
+        answers = torch.cat([net(from_uint8(x)).argmax(1) for x in test[0].split(500)])
+    print(f"classifier: {100 * (answers == test[1]).float().mean():.2f} % of the test digits right")
 
 
 def inception(device="cpu"):
@@ -144,7 +145,8 @@ def extractor(cfg, spec=None, device="cpu", jpeg=False):
     class of each image, int64 (n,); it is None if nothing here can tell the classes.
 
     The images are rounded to the 8 bits of a file first, and AT_A_TIME are processed together.
-    jpeg: they pass through a JPEG file, as in the official test. Raises UserError if weights or function are missing, or its answers are not features.
+    jpeg: they pass through a JPEG file, as in the official test. Raises UserError if weights or
+    function are missing, or its answers are not features.
     """
     classes = None
     if spec is not None:
