@@ -10,7 +10,8 @@ import statistics
 import sys
 import time
 from dataclasses import replace
-from itertools import islice
+from functools import reduce
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -21,21 +22,22 @@ import data
 import sample
 from config import (CAPTION_SETS, CLASSES, DATASETS, LATENT_SETS, MACHINE, POINT_SETS, identity,
                     make_config)
-from harness import UserError
+from harness import UserError, machine
 from harness.checkpoint import differences, write_text
 from harness.machine import choose_device
 from harness.pictures import from_uint8
 from harness.script import add_field_flags, given_flags, make_parser, run_script
 from study import clip
-from study.features import extractor, mnist_classifier
+from study.features import Spread, data_features, extractor, mnist_classifier
 
 # settings with which checkpoints are opened
-OPENING = (*MACHINE, "data_dir", "vae_weights", "teacher_checkpoint")
+OPENING = (*MACHINE, "data_dir", "latents_dir", "vae_weights", "teacher_checkpoint")
 RIGHT = "as asked: "               # before the names of measures of conditional samples
 WITHIN = "spread within a class"   # another of these measures
 MEASURES = ("distance", "precision", "recall", "consistency", "spread", "per_second")
 NEIGHBOURS = 10_000                # precision and recall use at most this many samples of each
-BLOCK = 100                        # rows of a distance matrix, or decoded images, in memory
+BLOCK = 100                        # rows of a distance matrix in memory
+PAPER_SAMPLES = 50_000             # of the paper's FID
 
 
 # ----------------------------------------------------------------------------------- distances
@@ -102,74 +104,26 @@ def precision_recall(real, fake, k=3, real_radii=None):
     return precise.double().mean().item(), torch.cat(recalled).double().mean().item()
 
 
-class Spread:
-    """Std of samples that come in batches: the root of the mean variance over their elements.
-
-    With classes y it is the std within a class: the variances are those of each class, and their
-    mean is over all classes of two or more samples.
-    """
-
-    def __init__(self):
-        self.sums = {}                             # {class: samples, sums, sums of squares}
-
-    def add(self, z, y=None):
-        """Takes in a batch (b, ...), classes (b,) or None; returns the Spread itself."""
-        z = z.flatten(1).double().cpu()
-        for k in [None] if y is None else y.unique().tolist():
-            some = z if y is None else z[y == k]
-            n, *sums = self.sums.get(k, (0, 0, 0))
-            self.sums[k] = n + len(some), sums[0] + some.sum(0), sums[1] + some.square().sum(0)
-        return self
-
-    @property
-    def std(self):
-        variances = [((square / n - (mean / n).square()).mean() * n / (n - 1)).item()
-                     for n, mean, square in self.sums.values() if n > 1]
-        return (sum(variances) / len(variances)) ** 0.5 if variances else float("nan")
-
-
 # ------------------------------------------------------------------------------------ the data
 
 
 def real_data(cfg, n, generator, scenes=None):
-    """(data, held-out data or None, what the data are), the data as iterables of batches (b, ...).
+    """(data, held-out data, what the data are), each float32 (m, ...).
 
     Points: two independent clouds of n. MNIST: the test digits, and n of the training digits.
     scenes is the data set of captions, or None.
     """
     if cfg.dataset in POINT_SETS:
         real, held_out = (data.sample_points(cfg.dataset, n, generator) for _ in range(2))
-        return [real], [held_out], "points"
+        return real, held_out, "points"
     if cfg.dataset == "mnist":
         digits, real = data.mnist(cfg.data_dir)[0], data.mnist(cfg.data_dir, False)[0]
         chosen = torch.randperm(len(digits), generator=generator)[:n]
-        return [from_uint8(real)], [from_uint8(digits[chosen])], "test digits"
+        return from_uint8(real), from_uint8(digits[chosen]), "test digits"
     if cfg.dataset == "cifar10":
-        return (from_uint8(x) for x in data.cifar10(cfg.data_dir)[0].split(BLOCK)), None, "images"
-    if scenes:
-        real, held_out = (scenes.draw(*scenes.scenes(n, generator), generator) for _ in range(2))
-        return [real], [held_out], "pictures"
-    return images_in_blocks(cfg), None, "images"
-
-
-def images_in_blocks(cfg):
-    """Yields all images of a folder or data set, float32 (BLOCK, 3, H, W) in [-1, 1]."""
-    import latents                                 # here, so that points start without torchvision
-    try:
-        images, count = latents.open_images(cfg), 0
-    except UserError as e:                         # of captioned --real names them
-        raise UserError(str(e).replace("--data-dir", "--real") if cfg.dataset == "captioned"
-                        else str(e)) from e
-    decoded = latents.decoded(images, cfg.image_size, enlarge=cfg.dataset == "captioned")
-    decoded = tqdm(decoded, "features of the data", images.size)
-    pixels = (pixels for _, pixels, _ in decoded if pixels is not None)
-    while block := list(islice(pixels, BLOCK)):
-        count += len(block)
-        yield from_uint8(torch.stack(block))
-    if not count:
-        raise UserError(f"{cfg.data_dir} has no image that can be read")
-    if count < images.size:
-        print(f"skipped {images.size - count:,} images that cannot be read")
+        return from_uint8(data.cifar10(cfg.data_dir)[0]), None, "images"
+    real, held_out = (scenes.draw(*scenes.scenes(n, generator), generator) for _ in range(2))
+    return real, held_out, "pictures"
 
 
 class Reference:
@@ -180,22 +134,29 @@ class Reference:
     features and their conditions that tells which are as they were asked for. std: the data's
     spread, within: that within a class. scenes: the data set of captions, or None. name: the
     distance in words. floor: the score of held-out real data, the best that samples can reach.
+    paper: images are compared as JPEG. All processes make one; rank 0 compares.
     """
 
-    def __init__(self, cfg, n, spec=None, device="cpu"):
+    def __init__(self, cfg, n, spec=None, device="cpu", paper=False):
         self.points = cfg.dataset in POINT_SETS
         if self.points and spec is not None:
             raise UserError("--features is for images; points are compared as they are")
+        if paper and n != PAPER_SAMPLES:
+            raise UserError(f"--protocol paper takes {PAPER_SAMPLES:,} samples, not {n:,}")
         name, self.features, self.classes = ("points", lambda z: z, mode_of(cfg)) if (
-            self.points) else extractor(cfg, spec, device)
+            self.points) else extractor(cfg, spec, device, paper)
         self.right = lambda x, features, y: (
             {"class": self.classes(features) == y} if self.classes else {})
         self.scenes = captions_with_judge(cfg) if cfg.dataset in CAPTION_SETS else None
         if self.scenes:
             self.right = lambda x, features, y: self.scenes.scores(x, y)
         generator = torch.Generator().manual_seed(20_000)
-        batches, held_out, kind = real_data(cfg, n, generator, self.scenes)
-        real, self.std, self.within = self.embedded(batches)
+        if cfg.dataset in LATENT_SETS:
+            real, self.std = data_features(cfg, name, self.features)
+            held_out, kind = None, "images"
+        else:
+            x, held_out, kind = real_data(cfg, n, generator, self.scenes)
+            real, self.std, self.within = self.embedded(x)
 
         size, d = min(n, len(real)), real.shape[1]
         self.name = f"sliced W2 x 1000, {n:,} points" if self.points else (
@@ -203,12 +164,14 @@ class Reference:
         if cfg.dataset == "captioned":
             self.name += (f" (centre crop, Lanczos to {cfg.image_size} x {cfg.image_size} pixels; "
                           "FID's Inception resizes to 299 x 299)")
+        if cfg.dataset == "celebahq" and not paper:
+            self.name += "; not comparable with the paper's FID (--protocol paper)"
         if not self.points and size <= max(d, 7):  # halves of 4 have 3 neighbours
             raise UserError(f"{size:,} samples are too few for the covariance of {d:,} features; "
                             "take more by --n, more images, or fewer features by --features")
         self.at_most = min(size, NEIGHBOURS)
         self.data = real[torch.randperm(len(real), generator=generator)]
-        self.radii = neighbour_radii(self.data[:self.at_most])
+        self.radii = machine.from_first(neighbour_radii, self.data[:self.at_most])
         self.projected = projections(self.data) if self.points else None
 
         if held_out is None:                       # some of the images against the rest
@@ -220,25 +183,24 @@ class Reference:
             self.floor_name = "data against data"
             self.floor = self.compare(fake) | {"spread": std / self.std}
 
-    def embedded(self, batches):
-        """Features (n, d), spread, and spread within a class of data that come in batches."""
-        features, spread, within = [], Spread(), Spread()
-        for x in batches:
-            features.append(self.features(x))
-            spread.add(x)
-            if self.classes:
-                within.add(x, self.classes(features[-1]))
-        return torch.cat(features), spread.std, within.std
+    def embedded(self, x):
+        """Features (n, d), spread, and spread within a class of data (n, ...)."""
+        features = self.features(x)
+        within = Spread().add(x, self.classes(features)).std if self.classes else math.nan
+        return features, Spread().add(x).std, within
 
     def compare(self, fake, real=None):
         """Distance, precision and recall of features (n, d), against the data's or `real`."""
         radii = self.radii if real is None else None
         real = self.data if real is None else real
         k = min(self.at_most, len(real), len(fake))
-        precision, recall = precision_recall(real[:k], fake[:k], real_radii=radii)
-        distance = (1000 * sliced_w2(fake, real, self.projected) if self.points
-                    else frechet_distance(fake, real))
-        return {"distance": distance, "precision": precision, "recall": recall}
+
+        def compared():
+            precision, recall = precision_recall(real[:k], fake[:k], real_radii=radii)
+            distance = (1000 * sliced_w2(fake, real, self.projected) if self.points
+                        else frechet_distance(fake, real))
+            return {"distance": distance, "precision": precision, "recall": recall}
+        return machine.from_first(compared)
 
 
 def captions_with_judge(cfg):
@@ -278,12 +240,13 @@ def measure(name, network, nfes, reference, shape, n, seed=0, solver="euler", ba
     steps = [1] if getattr(network, "one_step", False) else steps
     rows, one_step = [], {}                        # {first sample of a batch: its one-step samples}
     for k in sorted({1, *steps}):
-        features, spread, within, gap, seconds, right = [], Spread(), Spread(), 0.0, 0.0, {}
-        for start in tqdm(range(0, n, batch), f"{name}, {k} NFE", unit="batch", leave=False):
-            begun = time.perf_counter()
-            some = None if y is None else y[start : start + min(batch, n - start)]
-            z = sample.draw(network, shape, min(batch, n - start), k, seed, solver, batch, device,
-                            first=start, y=some)
+        mine, features, right, gap, seconds = machine.mine(n), [], {}, 0.0, 0.0
+        spread, within = Spread(), Spread()
+        for start in tqdm(mine[::batch], f"{name}, {k} NFE", unit="batch", leave=False,
+                          disable=not machine.FIRST):
+            begun, size = time.perf_counter(), min(batch, mine.stop - start)
+            some = None if y is None else y[start : start + size]
+            z = sample.draw(network, shape, size, k, seed, solver, batch, device, start, some)
             x = decode(z)
             seconds += time.perf_counter() - begun
             if not (z.abs() < 1e10).all():         # false for nan as well
@@ -298,15 +261,25 @@ def measure(name, network, nfes, reference, shape, n, seed=0, solver="euler", ba
                 for what, is_right in reference.right(x, features[-1], some).items():
                     right.setdefault(what, []).append(is_right)
         if k in steps:
-            shares = {RIGHT + what: torch.cat(parts).double().mean().item()
-                      for what, parts in right.items()}
+            fake, right, gap, seconds, spread, within = joined(machine.gathered(
+                (features, right, gap, seconds, spread.sums, within.sums)))
+            shares = {RIGHT + what: x.double().mean().item() for what, x in right.items()}
             if within.sums and math.isfinite(ratio := within.std / reference.within):
                 shares[WITHIN] = ratio
             rows.append({"network": name, "nfe": k * calls, "seed": seed,
-                         **reference.compare(torch.cat(features)), **shares,
+                         **reference.compare(fake), **shares,
                          "consistency": (gap / (n * math.prod(shape))) ** 0.5,
                          "spread": spread.std / reference.std, "per_second": n / seconds})
     return rows
+
+
+def joined(parts):
+    """What the processes measured, each of its own samples, as one process measures all."""
+    features, right, gaps, seconds, *spreads = zip(*parts)
+    return (torch.cat(sum(features, [])),
+            {what: torch.cat(sum((part.get(what, []) for part in right), []))
+             for what in dict.fromkeys(chain(*right))},
+            sum(gaps), max(seconds), *(reduce(Spread.take, sums, Spread()) for sums in spreads))
 
 
 def measures(row):
@@ -364,7 +337,9 @@ def report(dataset, reference, rows, solver="euler"):
 
 
 def write(out, dataset, reference, rows, text, **more):
-    """Prints the text and writes it as OUT.md, the rows as OUT.json."""
+    """Rank 0 prints the text and writes it as OUT.md, the rows as OUT.json."""
+    if not machine.FIRST:
+        return
     print(text)
     out = str(out).removesuffix(".json").removesuffix(".md")
     content = dict(dataset=dataset, metric=reference.name, floor=reference.floor, **more, rows=rows)
@@ -450,12 +425,15 @@ def prepare(args, cfg, shape, network):
 
     A teacher is measured at the students' NFEs, and at a larger one, at which it is at its best.
     """
+    device, paper = next(network.parameters()).device, getattr(args, "protocol", "") == "paper"
+    if paper and cfg.dataset not in ("celebahq", "folder"):
+        raise UserError(f"--protocol paper is for celebahq and folder, not for {cfg.dataset}")
     n, best = ((50_000, 100) if cfg.dataset in POINT_SETS else
-               (5_000, 50) if cfg.dataset in LATENT_SETS else
+               (PAPER_SAMPLES if paper else 5_000, 50) if cfg.dataset in LATENT_SETS else
                (50_000 if cfg.dataset == "cifar10" else 2_000, 50))
     n, best = args.n or n, best - (args.solver == "heun")      # Heun takes an odd number
-    device = next(network.parameters()).device
-    reference = Reference(cfg, n, args.features, device)
+    machine.start(device)
+    reference = Reference(cfg, n, args.features, device, paper)
     y = reference.scenes.questions(n) if reference.scenes else sample.conditions_of(
         cfg, prompts=getattr(args, "prompts", ()))(n)
     settings = dict(shape=tuple(shape), n=n, solver=args.solver, device=device, y=y,
@@ -466,16 +444,20 @@ def prepare(args, cfg, shape, network):
     return reference, settings, sorted({*args.nfe, best})
 
 
-def add_text_flags(parser):
-    """Adds the flags of text to image."""
+def add_sample_flags(group, parser):
+    """Adds the flags of the paper's FID, of samples in files, and of text to image."""
+    group.add_argument("--protocol", choices=("paper",), help=f"paper: its FID, {PAPER_SAMPLES:,} "
+                       "samples against all images, both as JPEG")
+    group.add_argument("--samples", "--npz", nargs="+", metavar="PATH", help="measure these .npz "
+                       "files or folders of images, as sample.py writes them, instead of "
+                       "checkpoints")
+    group.add_argument("--real", metavar="FOLDER", help="the images to compare --samples or "
+                       "captioned with [celebahq: its own]")
     text = parser.add_argument_group("text to image (captioned)")
-    text.add_argument("--prompts", metavar="FILE", help="what to draw, in turn: one prompt per "
-                      "line, or a .json list of [path, prompt]")
-    text.add_argument("--real", metavar="FOLDER", help="the images to compare with")
+    text.add_argument("--prompts", metavar="FILE", help="what to draw, in turn, or what --samples "
+                      "show: one prompt per line, or a .json list of [path, prompt]")
     text.add_argument("--clip", metavar="ID_OR_FOLDER", help="also measure the CLIP score, by this "
                       "CLIPModel of transformers")
-    text.add_argument("--samples", nargs="+", metavar="PATH", help="measure these .npz files or "
-                      "folders of images, in the order of --prompts, instead of checkpoints")
 
 
 def real_folder(args):
@@ -487,31 +469,41 @@ def real_folder(args):
 
 
 def of_samples(args):
-    """--samples: one line per .npz or folder, with its distance to --real and its CLIP score."""
-    real = real_folder(args)
-    lines, device = [], choose_device(make_config("folder", **given_flags(args, MACHINE)))
+    """--samples: prints one line per .npz or folder: its distance to the data, its CLIP score."""
+    celebahq = args.dataset == "celebahq"
+    cfg = make_config("celebahq" if celebahq else "folder",
+                      **given_flags(args, (*MACHINE, "data_dir", "latents_dir")))
+    if args.real or not celebahq:
+        cfg = replace(cfg, data_dir=real_folder(args))
+    lines, device = [], choose_device(cfg)
+    machine.start(device)
     score = clip.Score(args.clip, device) if args.clip else None
     for path in args.samples:
-        images = clip.read_samples(path)
-        if score and len(args.prompts) < len(images):
-            raise UserError(f"{path} has {len(images)} samples, and --prompts has "
+        n, side, blocks = clip.read_samples(path)
+        if celebahq and side != cfg.image_size:
+            raise UserError(f"{path} has samples of {side} x {side}, and celebahq of "
+                            f"{cfg.image_size} x {cfg.image_size}; name other data by --real alone")
+        if score and len(args.prompts) < n:
+            raise UserError(f"{path} has {n} samples, and --prompts has "
                             f"{len(args.prompts)}; name the prompts that they were drawn for")
-        cfg = replace(make_config("folder", data_dir=real, image_size=images.shape[2]),
-                      dataset="captioned")         # whose images are enlarged if they are small
-        reference = Reference(cfg, len(images), args.features, device)
+        # images of `captioned` are enlarged if they are small
+        its = cfg if celebahq else replace(cfg, dataset="captioned", image_size=side)
+        reference = Reference(its, n, args.features, device, args.protocol == "paper")
         features, scores = [], []
-        for i, x in clip.in_blocks(images):
+        for i, x in tqdm(blocks(machine.mine(n)), Path(path).name, disable=not machine.FIRST):
             features.append(reference.features(x))
             if score:
                 texts = args.prompts[i : i + len(x)]
                 scores += score(x, None, texts)[score.name].tolist()
+        features, scores = (sum(x, []) for x in zip(*machine.gathered((features, scores))))
         row = reference.compare(torch.cat(features))
         lines.append([Path(path).name, f"{row['distance']:.1f}", f"{row['precision']:.3f}",
                       f"{row['recall']:.3f}"])
         lines[-1] += [f"{100 * statistics.mean(scores):.1f}"] if score else []
     heads = ["samples", "distance", "precision", "recall"] + (
         [f"{score.name}, in percent"] if score else [])
-    return f"{reference.name}\n\n{markdown([heads, *lines])}"
+    if machine.FIRST:
+        print(f"{reference.name}\n\n{markdown([heads, *lines])}")
 
 
 def main(argv=None):
@@ -528,13 +520,13 @@ def main(argv=None):
                        "checkpoints, which are the same run with other seeds")
     group.add_argument("--guidance", type=float, nargs="+", default=[None], metavar="W", help=(
         "conditional teachers: guide them with each of these w (Eq. 3) [1]"))
-    add_text_flags(parser)
+    add_sample_flags(group, parser)
     args = parse(parser, argv, OPENING, "measure with so many seeds of the noise; the tables show "
                  "medians and half the range [1]", "evaluation beside the checkpoint")
 
     args.prompts = sample.read_prompts(args.prompts) if args.prompts else ()
     if args.samples:
-        return print(of_samples(args))
+        return of_samples(args)
     paths = [Path(p) for p in args.checkpoint or [sample.find_student(args.dataset)]]
     teachers, students, content, cfg = networks_of(paths, args.guidance,
                                                    **given_flags(args, OPENING))
@@ -550,7 +542,7 @@ def main(argv=None):
         cfg, args.n = replace(cfg, data_dir=real_folder(args)), args.n or len(args.prompts) or None
     elif args.real or args.prompts or args.clip:
         raise UserError(f"--real, --prompts and --clip are for captioned, not for {cfg.dataset}")
-    elif content.get("data", "") not in ("", data.key(cfg)):
+    elif machine.FIRST and content.get("data", "") not in ("", data.key(cfg)):
         print(f"{paths[0]} was trained on other data than those in {cfg.data_dir}, which it is "
               "now compared with")
 

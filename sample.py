@@ -230,7 +230,8 @@ def check_flags(args, **least):
             if value is not None and not low <= value < 2**31:
                 raise UserError(f"--{name} {value} makes no sense; it must be at least {low}, and "
                                 "below 2^31")
-    for name in ("checkpoint", "teacher_checkpoint", "prompts", "clip", "npz", "png", "out"):
+    for name in ("checkpoint", "teacher_checkpoint", "prompts", "clip", "samples", "npz", "png",
+                 "out"):
         names = getattr(args, name, None)
         if names == "" or isinstance(names, list) and "" in names:
             raise UserError(f"{flag(name)} takes the name of a file, not an empty text")
@@ -368,9 +369,7 @@ def write_raw(args, network, shape, cfg):
     many = len(args.prompt) if args.prompts else 50_000 if len(shape) == 1 else 10_000
     n, nfe = args.n or many, args.nfe[0]
     batch = args.batch or at_a_time(cfg.dataset)
-    each = -(-n // machine.WORLD)
-    mine = range(min(machine.RANK * each, n), min((machine.RANK + 1) * each, n))
-    y = conditions_of(cfg, args.classes, args.prompt)(n)
+    mine, y = machine.mine(n), conditions_of(cfg, args.classes, args.prompt)(n)
 
     def batches():
         for i in tqdm(mine[::batch], desc=f"{nfe} NFE", unit="batch", disable=not machine.FIRST):

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from config import POINT_SETS
-from harness import UserError
+from harness import UserError, first_line
 
 
 def environment(name, default):
@@ -63,12 +63,38 @@ def unwrap(network):
 def wait():
     """Waits until all processes have called this. If rank 0 has failed, the others exit."""
     if dist.is_initialized():
-        try:
-            dist.barrier()
-        except RuntimeError as e:                  # the connection to rank 0 is gone
-            if not FIRST:
-                raise SystemExit(2) from e
-            raise
+        together(dist.barrier)
+
+
+def together(operation, *args):
+    """Calls an operation of all processes. If rank 0 has failed, the others exit."""
+    try:
+        operation(*args)
+    except RuntimeError as e:                      # the connection to another process is gone
+        if not FIRST:
+            raise SystemExit(2) from e
+        raise UserError(f"another process has failed, and says why ({first_line(e)})") from e
+
+
+def mine(n):
+    """The part of range(n) that this process takes; in the order of the ranks they are all."""
+    world, rank = (WORLD, RANK) if dist.is_initialized() else (1, 0)
+    each = -(-n // world)
+    return range(min(rank * each, n), min((rank + 1) * each, n))
+
+
+def gathered(x):
+    """x of every process, a list in the order of the ranks; x is anything that can be pickled."""
+    if not dist.is_initialized():
+        return [x]
+    parts = [None] * WORLD
+    together(dist.all_gather_object, parts, x)
+    return parts
+
+
+def from_first(function, *args):
+    """function(*args), computed by rank 0 alone and told to the others."""
+    return gathered(function(*args) if FIRST or not dist.is_initialized() else None)[0]
 
 
 def mean(x):

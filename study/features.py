@@ -4,20 +4,31 @@ MNIST: a small classifier that is trained here, so its distances compare only wi
 Other images: FID's Inception network (pytorch-fid). Or your own, `--features module:function`.
 """
 
+import hashlib
 import importlib
+import io
 import os
 import sys
+import zipfile
+import zlib
 from collections import OrderedDict
+from contextlib import suppress
+from dataclasses import replace
+from functools import reduce
+from itertools import islice
+from operator import add
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
-from tqdm import trange
+from tqdm import tqdm, trange
 
 import data
 from config import CAPTION_SETS, LATENT_SETS, make_config
-from harness import UserError, checkpoint, first_line
+from harness import UserError, checkpoint, first_line, machine
 from harness.pictures import from_uint8, to_uint8
 
 AT_A_TIME = 100                    # images that a network sees together
@@ -38,20 +49,28 @@ class Classifier(nn.Sequential):
 def mnist_classifier(data_dir, folder=Path("runs/mnist"), epochs=2):
     """The classifier of these digits, trained once (about a minute) and kept in `folder`.
 
-    The file's name holds the key of the data, so other data never reuse it.
+    The file's name holds the key of the data, so other data never reuse it. Rank 0 trains it.
     """
     cfg = make_config("mnist", data_dir=str(data_dir), condition="class")   # labels count
     path = folder / f"classifier-{data.key(cfg)}.pt"
     torch.manual_seed(0)
     net = Classifier()
-    if path.exists():
-        checkpoint.load_weights(net, checkpoint.load(path, "classifier")["net"], path)
-        return net.eval()
-    if others := [str(p) for p in sorted(folder.glob("classifier*.pt"))]:
-        print(f"{', '.join(others)}: trained on other data, or before classifiers remembered "
-              f"theirs; training {path}")
+    if not machine.from_first(path.exists):
+        digits, test = (data.mnist(data_dir, train) for train in (True, False))
+        if machine.FIRST:
+            if others := [str(p) for p in sorted(folder.glob("classifier*.pt"))]:
+                print(f"{', '.join(others)}: trained on other data, or before classifiers "
+                      f"remembered theirs; training {path}")
+            train_classifier(net, digits, test, epochs)
+        # not within the block above: the others wait until rank 0 has saved
+        checkpoint.save(path, "classifier", cfg, (1, 28, 28), epochs, net=net.state_dict())
+    checkpoint.load_weights(net, checkpoint.load(path, "classifier")["net"], path)
+    return net.eval()
 
-    images, labels = data.mnist(data_dir)
+
+def train_classifier(net, digits, test, epochs):
+    """Trains the classifier on digits, (images, labels), and prints how well it does on others."""
+    images, labels = digits
     generator, batch = torch.Generator().manual_seed(0), 100
     steps = epochs * len(images) // batch
     opt = torch.optim.AdamW(net.parameters(), lr=1e-3)
@@ -66,12 +85,9 @@ def mnist_classifier(data_dir, folder=Path("runs/mnist"), epochs=2):
         rates.step()
 
     net.eval()
-    images, labels = data.mnist(data_dir, train=False)
     with torch.no_grad():
-        answers = torch.cat([net(from_uint8(x)).argmax(1) for x in images.split(500)])
-    print(f"classifier: {100 * (answers == labels).float().mean():.2f} % of the test digits right")
-    checkpoint.save(path, "classifier", cfg, (1, 28, 28), steps, net=net.state_dict())
-    return net
+        answers = torch.cat([net(from_uint8(x)).argmax(1) for x in test[0].split(500)])
+    print(f"classifier: {100 * (answers == test[1]).float().mean():.2f} % of the test digits right")
 
 
 def inception(device="cpu"):
@@ -112,14 +128,25 @@ def function_of(spec):
                         "my_module:my_function, images (B, C, H, W) in [-1, 1] -> (B, d)") from e
 
 
-def extractor(cfg, spec=None, device="cpu"):
+def as_jpeg(images):
+    """uint8 (n, 3, H, W), written as JPEG and read again: Pillow's quality 75, 4:2:0."""
+    pixels = []
+    for image in images:
+        file = io.BytesIO()
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "JPEG")
+        pixels.append(torch.from_numpy(np.array(Image.open(file))))
+    return torch.stack(pixels).permute(0, 3, 1, 2)
+
+
+def extractor(cfg, spec=None, device="cpu", jpeg=False):
     """(name, features, classes) of images (n, C, H, W) in [-1, 1].
 
     features returns float32 (n, d) on the CPU. classes, a function of features (n, d), returns the
     class of each image, int64 (n,); it is None if nothing here can tell the classes.
 
     The images are rounded to the 8 bits of a file first, and AT_A_TIME are processed together.
-    Raises UserError if weights or function are missing, or its answers are not features.
+    jpeg: they pass through a JPEG file, as in the official test. Raises UserError if weights or
+    function are missing, or its answers are not features.
     """
     classes = None
     if spec is not None:
@@ -132,13 +159,15 @@ def extractor(cfg, spec=None, device="cpu"):
         classifier = mnist_classifier(cfg.data_dir)
         name, function = "the classifier's features", classifier.features
         classes = torch.no_grad()(lambda x: classifier.last(x).argmax(1))
+    name += " of JPEG images" * jpeg
     d = None                                       # then that of the first answer
 
     @torch.no_grad()
     def features(z):
         nonlocal d
         parts = []
-        for images in from_uint8(to_uint8(z)).split(AT_A_TIME):
+        for pixels in to_uint8(z).split(AT_A_TIME):
+            images = from_uint8(as_jpeg(pixels) if jpeg else pixels)
             try:
                 x = function(images)
                 d = d or x.shape[-1]
@@ -153,3 +182,105 @@ def extractor(cfg, spec=None, device="cpu"):
             parts.append(x.float().cpu())
         return torch.cat(parts)
     return name, features, classes
+
+
+# -------------------------------------------------------------------------- features of the data
+
+
+class Spread:
+    """Std of samples that come in batches: the root of the mean variance over their elements.
+
+    With classes y it is the std within a class: the variances are those of each class, and their
+    mean is over all classes of two or more samples.
+    """
+
+    def __init__(self):
+        self.sums = {}                             # {class: samples, sums, sums of squares}
+
+    def add(self, z, y=None):
+        """Takes in a batch (b, ...), classes (b,) or None; returns the Spread itself."""
+        z = z.flatten(1).double().cpu()
+        for k in [None] if y is None else y.unique().tolist():
+            some = z if y is None else z[y == k]
+            self.take({k: (len(some), some.sum(0), some.square().sum(0))})
+        return self
+
+    def take(self, sums):
+        """Takes in the sums of another Spread; returns the Spread itself."""
+        for k, new in sums.items():
+            self.sums[k] = tuple(map(add, self.sums.get(k, (0, 0, 0)), new))
+        return self
+
+    @property
+    def std(self):
+        variances = [((square / n - (mean / n).square()).mean() * n / (n - 1)).item()
+                     for n, mean, square in self.sums.values() if n > 1]
+        return (sum(variances) / len(variances)) ** 0.5 if variances else float("nan")
+
+
+def data_features(cfg, name, features):
+    """(features float32 (N, d), std) of all images that the settings name, on the CPU.
+
+    name and features are those of `extractor`. The processes share the work. The result is kept in
+    --latents-dir, in a file whose name ends in a key of images, size and `name`: other images,
+    another file. It is used again if `features` still gives the same for the first images, else
+    made anew. Raises UserError if no image can be read.
+    """
+    import latents                                 # not above: points need no torchvision
+    try:
+        images = latents.open_images(cfg)
+    except UserError as e:                         # of captioned --real names them
+        raise UserError(str(e).replace("--data-dir", "--real") if cfg.dataset == "captioned"
+                        else str(e)) from e
+    enlarge = cfg.dataset == "captioned"
+
+    def embedded(part):
+        """(features in blocks, Spread) of images.files[part.start : part.stop]."""
+        files, blocks, spread = images.files[part.start : part.stop], [], Spread()
+        decoded = tqdm(latents.decoded(replace(images, files=files), cfg.image_size, enlarge),
+                       "features of the data", len(files), disable=not machine.FIRST)
+        pixels = (pixels for _, pixels, _ in decoded if pixels is not None)
+        while block := list(islice(pixels, AT_A_TIME)):
+            x = from_uint8(torch.stack(block))
+            blocks.append(features(x))
+            spread.add(x)
+        return blocks, spread
+
+    lines = [*machine.from_first(images.identity), name, f"{cfg.image_size} {enlarge}"]
+    key = hashlib.sha256("\n".join(lines).encode(errors="surrogatepass")).hexdigest()[:12]
+    source = latents.printable(Path(cfg.data_dir).stem)
+    path = Path(cfg.latents_dir, f"{source}-features-{key}.npz")
+    kept = machine.from_first(lambda: path.exists() and (
+        begins_with(path, embedded(range(AT_A_TIME))[0])))
+    if not kept:
+        blocks, spread = embedded(machine.mine(images.size))
+        parts = machine.gathered((blocks, spread.sums))
+        if machine.FIRST:
+            save_features(path, parts, images.size)
+        machine.wait()
+    with np.load(path) as file:
+        return torch.from_numpy(file["features"]), float(file["std"])
+
+
+def begins_with(path, blocks):
+    """Whether a file of data_features is whole and its first rows are these; prints if not."""
+    now = torch.cat(blocks)
+    with suppress(OSError, EOFError, ValueError, LookupError, RuntimeError, zipfile.BadZipFile,
+                  zlib.error), np.load(path) as file:
+        kept = torch.from_numpy(file["features"])[:len(now)]
+        if "std" in file and (kept - now).norm() < 0.01 * now.norm():
+            return True                            # not equal: two devices round differently
+    print(f"{path} is damaged, or of other features of this name; it is made again")
+    return False
+
+
+def save_features(path, parts, n):
+    """Writes what the processes embedded of n images; UserError if none of them can be read."""
+    blocks, spreads = zip(*parts)
+    if not any(blocks):
+        raise UserError("none of the images can be read, so there is nothing to compare with")
+    features, std = torch.cat(sum(blocks, [])), reduce(Spread.take, spreads, Spread()).std
+    if len(features) < n:
+        print(f"skipped {n - len(features):,} images that cannot be read")
+    with checkpoint.replacing(path) as file:
+        np.savez(file, features=features.numpy(), std=std)

@@ -7,6 +7,7 @@ import pickle
 import shutil
 import signal
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +24,7 @@ import evaluate
 import sample
 import train
 from config import make_config
-from harness import UserError
+from harness import UserError, machine
 from harness.log import Diverged
 from losses import consistency_loss, distance, expand, interpolate, time_skip, z0_prediction
 from model import copy_of, flow_map, velocity_network
@@ -318,6 +319,137 @@ def test_cifar10_cut_short_or_absent(cifar10_files):
 def test_presets_of_cifar10(more, wanted):
     cfg = parse_config("", ["--dataset", "cifar10", *more.split()])[0]
     assert {name: getattr(cfg, name) for name in wanted} == wanted
+
+
+# ------------------------------------------------------- features of the data, samples of files
+
+
+def noise_images(folder, n=30, side=32, seed=0):
+    """A folder of n smooth PNG images that are unlike one another."""
+    Path(folder).mkdir()
+    colours = np.random.default_rng(seed).integers(0, 256, (n, 4, 4, 3), np.uint8)
+    for i, small in enumerate(colours):
+        Image.fromarray(small).resize((side, side)).save(f"{folder}/{i:02}.png")
+
+
+def images_of(folder):
+    """The images of a folder as the networks see them."""
+    return features.from_uint8(torch.stack([torch.from_numpy(np.array(Image.open(path))).permute(
+        2, 0, 1) for path in sorted(Path(folder).iterdir())]))
+
+
+def corners(x):
+    return x[:, :, ::24, ::24].flatten(1)[:, :6]
+
+
+def test_features_of_the_data_are_kept_for_these_images_and_this_function(monkeypatch, capsys):
+    noise_images("photos")
+    monkeypatch.setattr(features, "AT_A_TIME", 8)
+    cfg, seen = make_config("folder", data_dir="photos", image_size=32), []
+
+    def of_data(cfg=cfg, name="own", function=corners):
+        seen.clear()
+        return features.data_features(cfg, name, lambda x: seen.append(len(x)) or function(x))
+
+    values, std = of_data()
+    pixels = images_of("photos")
+    assert torch.equal(values, corners(pixels)) and sum(seen) == 30
+    assert std == pytest.approx(pixels.double().var(0).mean().sqrt().item())
+    path, = Path("latents").glob("photos-features-*.npz")
+
+    # used again, for which the first images alone are looked at
+    again, same_std = of_data()
+    assert torch.equal(again, values) and same_std == std and seen == [8]
+    # a file that is cut short, and a function that changed, make it anew and say so
+    path.write_bytes(path.read_bytes()[:-300])
+    assert torch.equal(of_data()[0], values) and sum(seen) == 8 + 30
+    assert f"{path} is damaged, or of other features" in capsys.readouterr().out
+    assert torch.allclose(of_data(function=lambda x: 1.1 * corners(x))[0], 1.1 * values)
+    assert of_data(function=lambda x: corners(x)[:, :3])[0].shape == (30, 3)
+    assert capsys.readouterr().out.count("other features") == 2
+
+    # other images, another size, another name: another file
+    shutil.copytree("photos", "more/photos")
+    shutil.copy("photos/00.png", "more/photos/99.png")
+    assert len(of_data(replace(cfg, data_dir="more/photos"))[0]) == 31
+    of_data(replace(cfg, image_size=16), function=lambda x: x.mean((2, 3))), of_data(name="other")
+    assert len(list(Path("latents").glob("*.npz"))) == 4
+    Path("more/photos/50.png").write_bytes(b"no image")
+    assert len(of_data(replace(cfg, data_dir="more/photos"))[0]) == 31
+    assert "skipped 1 images" in capsys.readouterr().out
+
+
+def test_jpeg_is_that_of_torchvisions_save_image():
+    from torchvision.utils import save_image
+    pixels = torch.randint(0, 256, (2, 3, 24, 24), dtype=torch.uint8, generator=gen())
+    for image, ours in zip(pixels, features.as_jpeg(pixels)):
+        save_image(image / 255, "image.jpg")
+        assert torch.equal(ours, torch.from_numpy(np.array(Image.open("image.jpg"))).permute(
+            2, 0, 1))
+        assert not torch.equal(ours, image)
+
+
+def test_samples_of_files_and_the_papers_protocol(monkeypatch):
+    monkeypatch.setitem(sys.modules, "own", SimpleNamespace(corners=corners))
+    noise_images("photos"), noise_images("drawn", 20, seed=1)
+    array = np.stack([np.array(Image.open(p)) for p in sorted(Path("drawn").iterdir())])
+    np.savez("drawn.npz", arr_0=array)
+    np.savez_compressed("small.npz", arr_0=array)
+    line = "evaluate.py --real photos --features own:corners --device cpu --threads 1"
+    lines = works(f"{line} --samples drawn drawn.npz small.npz").splitlines()
+    wanted = evaluate.frechet_distance(corners(images_of("drawn")), corners(images_of("photos")))
+    assert [line.split("|")[2].strip() for line in lines[-3:]] == [f"{wanted:.1f}"] * 3
+
+    # the paper's protocol: as many samples as the paper has, and JPEG on both sides
+    refused(f"{line} --npz drawn.npz --protocol paper", "50,000 samples, not 20")
+    monkeypatch.setattr(evaluate, "PAPER_SAMPLES", 20)
+    printed = works(f"{line} --npz drawn.npz --protocol paper")
+    fake, real = (corners(features.from_uint8(features.as_jpeg(features.to_uint8(images_of(name)))))
+                  for name in ("drawn", "photos"))
+    wanted = evaluate.frechet_distance(fake, real)
+    assert "own:corners of JPEG images, 20 samples against 30 images" in printed
+    assert f"| drawn.npz | {wanted:.1f} " in printed
+
+
+def test_a_number_of_few_samples_never_stands_beside_the_papers(monkeypatch):
+    monkeypatch.setitem(sys.modules, "own", SimpleNamespace(corners=corners))
+    noise_images("photos", side=256)
+    cfg = make_config("celebahq", data_dir="photos")
+    monkeypatch.setattr(evaluate, "PAPER_SAMPLES", 20)
+    assert "not comparable with the paper's FID" in evaluate.Reference(cfg, 20, "own:corners").name
+    paper = evaluate.Reference(cfg, 20, "own:corners", paper=True).name
+    assert "JPEG" in paper and "not comparable" not in paper
+
+
+@pytest.mark.parametrize("array, named", [
+    (np.zeros((20, 32, 32, 3), np.float32), ["float32"]),
+    (np.zeros((20, 32, 32), np.uint8), ["(20, 32, 32)"]),
+    (np.zeros((20, 32, 16, 3), np.uint8), ["square"]),
+    (np.zeros((20, 28, 28, 1), np.uint8), ["square"]),
+    (np.zeros((0, 32, 32, 3), np.uint8), ["(0, 32"]),
+    (np.zeros((3, 32, 32, 3), np.uint8), ["3 samples are too few"]),
+], ids=str)
+def test_samples_that_cannot_be_measured(array, named, monkeypatch):
+    monkeypatch.setitem(sys.modules, "own", SimpleNamespace(corners=corners))
+    noise_images("photos")
+    np.savez("s.npz", arr_0=array)
+    refused("evaluate.py --npz s.npz --real photos --features own:corners --device cpu", *named)
+    if array.shape == (3, 32, 32, 3):
+        refused("evaluate.py --dataset celebahq --npz s.npz --data-dir photos --device cpu",
+                "32 x 32", "256 x 256")
+        half(Path("s.npz"))
+        refused("evaluate.py --npz s.npz --real photos --device cpu", "s.npz cannot be read")
+
+
+def test_when_another_process_fails_each_one_ends(monkeypatch):
+    def gone():
+        raise RuntimeError("Connection closed by peer")
+
+    with pytest.raises(UserError, match="another process has failed.*closed"):
+        machine.together(gone)
+    monkeypatch.setattr(machine, "FIRST", False)
+    with pytest.raises(SystemExit):
+        machine.together(gone)
 
 
 # ------------------------------------------------------------------------------ baselines
@@ -834,6 +966,7 @@ def test_names_of_rows_and_of_tables(moons_run):
     ("evaluate.py --speed", ["python -m study.speed"]),
     ("evaluate.py --nfe 2 --n 300 --solver heun", ["odd"]),
     ("evaluate.py --n 2000000", ["--n", "at most"]),
+    ("evaluate.py --protocol paper", ["--protocol", "not for moons"]),
     ("evaluate.py --n 9999999999999999999999999", ["--n"]),
     ("evaluate.py --checkpoint \"\"", ["--checkpoint"]),
     ("evaluate.py --dataset spirals", ["spirals", "train.py"]),
