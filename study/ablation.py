@@ -254,7 +254,7 @@ def make_table(args, given):
                                 across=len(shape) == 1,
                                 title=f"{args.dataset}: the losses one after the other (Figure 6)")
         print(f"wrote {picture}")
-    if args.kind == "guidance":
+    if args.kind == "guidance" and not args.only:
         print(f"wrote {guidance_picture(root / 'guidance.png', rows, reference.name)}")
 
 
