@@ -67,7 +67,8 @@ def show(run, only, begin, step):
 
 def precision(cfg, device):
     """In which precision the networks compute, in words."""
-    tf32 = device.type == "cuda" and torch.backends.cudnn.allow_tf32
+    tf32 = device.type == "cuda" and torch.backends.cudnn.allow_tf32 and (
+        torch.cuda.get_device_capability(device)[0] >= 8)      # from Ampere on
     fp32 = "fp32" + " (TF32 in convolutions, not in matrix products)" * tf32
     student, other = ("bf16" if machine.wants_bf16(cfg, device, distilled) else fp32
                       for distilled in (True, False))
