@@ -85,8 +85,8 @@ def without_teacher(cfg):
 def hours(cfg, seconds):
     """The time of all iterations, in words; seconds are those of one, of student and teacher."""
     parts = zip(seconds, ("student", "teacher"), (cfg.steps, cfg.teacher_steps))
-    return ", ".join(f"about {one * steps / 3600:.3g} hours for the {name} ({one:.3g} s per "
-                     "iteration)" for one, name, steps in parts) or (
+    return ", ".join(f"about {float(f'{one * steps / 3600:.2g}'):,g} hours for the {name} "
+                     f"({one:.3g} s per iteration)" for one, name, steps in parts) or (
         "unknown; add --plan to time ten iterations (of --method scflow or cd)")
 
 
