@@ -67,7 +67,8 @@ def show(run, only, begin, step):
 
 def precision(cfg, device):
     """In which precision the networks compute, in words."""
-    tf32 = device.type == "cuda" and torch.backends.cudnn.allow_tf32
+    tf32 = device.type == "cuda" and torch.backends.cudnn.allow_tf32 and (
+        torch.cuda.get_device_capability(device)[0] >= 8)      # from Ampere on
     fp32 = "fp32" + " (TF32 in convolutions, not in matrix products)" * tf32
     student, other = ("bf16" if machine.wants_bf16(cfg, device, distilled) else fp32
                       for distilled in (True, False))
@@ -84,8 +85,8 @@ def without_teacher(cfg):
 def hours(cfg, seconds):
     """The time of all iterations, in words; seconds are those of one, of student and teacher."""
     parts = zip(seconds, ("student", "teacher"), (cfg.steps, cfg.teacher_steps))
-    return ", ".join(f"about {one * steps / 3600:.3g} hours for the {name} ({one:.3g} s per "
-                     "iteration)" for one, name, steps in parts) or (
+    return ", ".join(f"about {float(f'{one * steps / 3600:.2g}'):,g} hours for the {name} "
+                     f"({one:.3g} s per iteration)" for one, name, steps in parts) or (
         "unknown; add --plan to time ten iterations (of --method scflow or cd)")
 
 

@@ -155,7 +155,7 @@ def test_the_plan_alone_times_ten_iterations_and_keeps_nothing():
     printed = works(f"train.py {SMALL} --plan")
     student, teacher = map(float, re.findall(r"([\d.e-]+) s per iteration", printed))
     hours = [float(h) for h in re.findall(r"about ([\d.e-]+) hours", printed)]
-    assert hours == pytest.approx([3 * student / 3600, 2 * teacher / 3600], rel=0.02)
+    assert hours == pytest.approx([3 * student / 3600, 2 * teacher / 3600], rel=0.06)
     assert {Path(name).name for name in files()} <= {".lock"}
     printed = works(f"train.py {SMALL} --plan --method reflow")
     assert "unknown" in printed and "per iteration" not in printed
