@@ -58,7 +58,7 @@ def show(run, only, begin, step):
               f", --preset {cfg.preset}" * bool(cfg.preset),
               f"time       {hours(cfg, seconds)}", sep="\n  ", flush=True)
         # a student's state: theta, theta~, EMA, Adam's two moments; three while one is replaced
-        every, need = getattr(cfg, "keep_every", 0), 3 * 4 * (5 * theta + 3 * disc)
+        every, need = cfg.keep_every, 3 * 4 * (5 * theta + 3 * disc)
         need += 4 * theta * ((0 if teacher else 8) + 2 + (cfg.steps // every if every else 0))
         no_room(run.folder, need, "what the run will keep", "choose another folder with --out")
     machine.wait()                                 # if rank 0 has failed, all stop
