@@ -230,7 +230,8 @@ def measure(name, network, nfes, reference, shape, n, seed=0, solver="euler", ba
 
     The noise is the same for every network and NFE. consistency: RMS distance, per element of z0,
     of a sample from the one-step sample of the same noise. spread: std divided by the data's.
-    per_second: samples, decoding included. Raises UserError if a sample is not finite.
+    per_second: samples, decoding included. The processes share the samples, and all get the rows.
+    Raises UserError if a sample is not finite.
     """
     calls = sample.calls(network)
     steps = [k // calls for k in nfes if k % calls == 0]
