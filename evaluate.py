@@ -233,7 +233,8 @@ def measure(name, network, nfes, reference, shape, n, seed=0, solver="euler", ba
 
     The noise is the same for every network and NFE. consistency: RMS distance, per element of z0,
     of a sample from the one-step sample of the same noise. spread: std divided by the data's.
-    per_second: samples, decoding included. Raises UserError if a sample is not finite.
+    per_second: samples, decoding included. The processes share the samples, and all get the rows.
+    Raises UserError if a sample is not finite.
     """
     calls = sample.calls(network)
     steps = [k // calls for k in nfes if k % calls == 0]
@@ -479,7 +480,8 @@ def of_samples(args):
     machine.start(device)
     score = clip.Score(args.clip, device) if args.clip else None
     for path in args.samples:
-        n, side, blocks = clip.read_samples(path)
+        images = clip.read_samples(path)
+        n, side = len(images), images.shape[2]
         if celebahq and side != cfg.image_size:
             raise UserError(f"{path} has samples of {side} x {side}, and celebahq of "
                             f"{cfg.image_size} x {cfg.image_size}; name other data by --real alone")
@@ -490,7 +492,7 @@ def of_samples(args):
         its = cfg if celebahq else replace(cfg, dataset="captioned", image_size=side)
         reference = Reference(its, n, args.features, device, args.protocol == "paper")
         features, scores = [], []
-        for i, x in tqdm(blocks(machine.mine(n)), Path(path).name, disable=not machine.FIRST):
+        for i, x in clip.in_blocks(images, machine.mine(n)):
             features.append(reference.features(x))
             if score:
                 texts = args.prompts[i : i + len(x)]

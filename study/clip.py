@@ -1,12 +1,8 @@
 """Measures for text to image: CLIP score, and samples that any tool wrote."""
 
-import math
-import os
-import zipfile
 import zlib
-from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -15,8 +11,6 @@ from PIL import Image
 from harness import UserError, first_line
 from harness.hub import library, part
 from harness.pictures import from_uint8, to_uint8
-
-AT_A_TIME = 100                    # samples of a file in memory
 
 
 class Score:
@@ -43,66 +37,30 @@ class Score:
 
 
 def read_samples(path):
-    """(n, side, blocks) of a .npz (arr_0, uint8 (n, side, side, 3)) or of a folder of images.
-
-    blocks(part) yields (first index, float32 images (b, 3, side, side) in [-1, 1]) of a range of
-    them. They are read one block after the other, so that memory does not grow with n.
-    """
+    """Samples of a .npz (arr_0, uint8 (n, H, W, 3)) or a folder of images: uint8 (n, 3, H, W)."""
+    import latents                                 # not above: points need no torchvision
     path = Path(path)
-    shape_and_images = images_in_folder if path.is_dir() else images_in_npz
-    with readable(path):
-        (n, *size), images = shape_and_images(path)
-        if size != [size[0], size[0], 3]:
-            raise ValueError(f"its images are {size}, not square with 3 colours")
-
-    def blocks(part):
-        with readable(path):
-            some = images(part)
-            for i in part[::AT_A_TIME]:
-                block = np.stack(list(islice(some, min(AT_A_TIME, part.stop - i))))
-                yield i, from_uint8(torch.from_numpy(block).permute(0, 3, 1, 2))
-    return n, size[0], blocks
-
-
-@contextmanager
-def readable(path):
-    """Turns the errors of reading samples into a UserError."""
     try:
-        yield
-    except (OSError, EOFError, ValueError, LookupError, zipfile.BadZipFile, zlib.error) as e:
+        if path.is_dir():
+            names = latents.of_suffix(latents.SUFFIXES, latents.files_in(path))
+            arrays = np.stack([np.asarray(Image.open(path / name).convert("RGB"))
+                               for name in names])
+        else:
+            with np.load(path) as file:
+                arrays = file["arr_0"]
+        if arrays.dtype != np.uint8 or arrays.ndim != 4 or arrays.shape[3] != 3:
+            raise ValueError(f"it holds {arrays.dtype} {arrays.shape}")
+        if arrays.shape[1] != arrays.shape[2]:
+            raise ValueError("its images are not square")
+        if not len(arrays):
+            raise ValueError("it is empty")
+    except (OSError, EOFError, ValueError, LookupError, BadZipFile, zlib.error) as e:
         raise UserError(f"--samples {path} cannot be read ({first_line(e)}); name a .npz with "
                         "arr_0, uint8 (n, H, W, 3), or a folder of images of one size") from e
+    return torch.from_numpy(arrays).permute(0, 3, 1, 2)
 
 
-def images_in_folder(path):
-    """(shape, function: range -> images uint8 (H, W, 3)) of a folder, in the order of the names."""
-    import latents                                 # not above: points need no torchvision
-    names = latents.of_suffix(latents.SUFFIXES, latents.files_in(path))
-    if not names:
-        raise ValueError("it has no images")
-
-    def images(part):
-        for i in part:
-            yield np.asarray(Image.open(path / names[i]).convert("RGB"))
-    return (len(names), *next(images(range(1))).shape), images
-
-
-def images_in_npz(path):
-    """The same of arr_0 in a .npz."""
-    @contextmanager
-    def opened():
-        with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
-            np.lib.format.read_magic(file)
-            yield (file, *np.lib.format.read_array_header_1_0(file))
-
-    def images(part):
-        with opened() as (file, shape, *_):
-            row = math.prod(shape[1:])
-            file.seek(part.start * row, os.SEEK_CUR)
-            for _ in part:
-                yield np.frombuffer(file.read(row), np.uint8).reshape(shape[1:])
-
-    with opened() as (_, shape, by_columns, dtype):
-        if dtype != np.uint8 or by_columns or len(shape) != 4 or not shape[0]:
-            raise ValueError(f"it holds {dtype} {shape}")
-        return shape, images
+def in_blocks(samples, mine, size=100):
+    """Yields (first index, float32 images in [-1, 1]) of the range `mine` of the samples."""
+    for i in mine[::size]:
+        yield i, from_uint8(samples[i : min(i + size, mine.stop)])

@@ -9,12 +9,9 @@ import importlib
 import io
 import os
 import sys
-import zipfile
-import zlib
 from collections import OrderedDict
 from contextlib import suppress
 from dataclasses import replace
-from functools import reduce
 from itertools import islice
 from operator import add
 from pathlib import Path
@@ -49,28 +46,20 @@ class Classifier(nn.Sequential):
 def mnist_classifier(data_dir, folder=Path("runs/mnist"), epochs=2):
     """The classifier of these digits, trained once (about a minute) and kept in `folder`.
 
-    The file's name holds the key of the data, so other data never reuse it. Rank 0 trains it.
+    The file's name holds the key of the data, so other data never reuse it.
     """
     cfg = make_config("mnist", data_dir=str(data_dir), condition="class")   # labels count
     path = folder / f"classifier-{data.key(cfg)}.pt"
     torch.manual_seed(0)
     net = Classifier()
-    if not machine.from_first(path.exists):
-        digits, test = (data.mnist(data_dir, train) for train in (True, False))
-        if machine.FIRST:
-            if others := [str(p) for p in sorted(folder.glob("classifier*.pt"))]:
-                print(f"{', '.join(others)}: trained on other data, or before classifiers "
-                      f"remembered theirs; training {path}")
-            train_classifier(net, digits, test, epochs)
-        # not within the block above: the others wait until rank 0 has saved
-        checkpoint.save(path, "classifier", cfg, (1, 28, 28), epochs, net=net.state_dict())
-    checkpoint.load_weights(net, checkpoint.load(path, "classifier")["net"], path)
-    return net.eval()
+    if machine.from_first(path.exists):
+        checkpoint.load_weights(net, checkpoint.load(path, "classifier")["net"], path)
+        return net.eval()
+    if others := [str(p) for p in sorted(folder.glob("classifier*.pt"))]:
+        print(f"{', '.join(others)}: trained on other data, or before classifiers remembered "
+              f"theirs; training {path}")
 
-
-def train_classifier(net, digits, test, epochs):
-    """Trains the classifier on digits, (images, labels), and prints how well it does on others."""
-    images, labels = digits
+    images, labels = data.mnist(data_dir)
     generator, batch = torch.Generator().manual_seed(0), 100
     steps = epochs * len(images) // batch
     opt = torch.optim.AdamW(net.parameters(), lr=1e-3)
@@ -85,9 +74,12 @@ def train_classifier(net, digits, test, epochs):
         rates.step()
 
     net.eval()
+    images, labels = data.mnist(data_dir, train=False)
     with torch.no_grad():
-        answers = torch.cat([net(from_uint8(x)).argmax(1) for x in test[0].split(500)])
-    print(f"classifier: {100 * (answers == test[1]).float().mean():.2f} % of the test digits right")
+        answers = torch.cat([net(from_uint8(x)).argmax(1) for x in images.split(500)])
+    print(f"classifier: {100 * (answers == labels).float().mean():.2f} % of the test digits right")
+    checkpoint.save(path, "classifier", cfg, (1, 28, 28), steps, net=net.state_dict())
+    return net
 
 
 def inception(device="cpu"):
@@ -218,69 +210,58 @@ class Spread:
         return (sum(variances) / len(variances)) ** 0.5 if variances else float("nan")
 
 
+def images_in_blocks(images, cfg):
+    """Yields the images that can be read, float32 (AT_A_TIME, 3, H, W) in [-1, 1]."""
+    import latents                                 # not above: points need no torchvision
+    decoded = latents.decoded(images, cfg.image_size, enlarge=cfg.dataset == "captioned")
+    pixels = (pixels for _, pixels, _ in tqdm(decoded, "features of the data", images.size)
+              if pixels is not None)
+    while block := list(islice(pixels, AT_A_TIME)):
+        yield from_uint8(torch.stack(block))
+
+
 def data_features(cfg, name, features):
     """(features float32 (N, d), std) of all images that the settings name, on the CPU.
 
-    name and features are those of `extractor`. The processes share the work. The result is kept in
-    --latents-dir, in a file whose name ends in a key of images, size and `name`: other images,
-    another file. It is used again if `features` still gives the same for the first images, else
-    made anew. Raises UserError if no image can be read.
+    name and features are those of `extractor`. Rank 0 computes them once, for all processes.
     """
-    import latents                                 # not above: points need no torchvision
-    try:
-        images = latents.open_images(cfg)
-    except UserError as e:                         # of captioned --real names them
-        raise UserError(str(e).replace("--data-dir", "--real") if cfg.dataset == "captioned"
-                        else str(e)) from e
-    enlarge = cfg.dataset == "captioned"
-
-    def embedded(part):
-        """(features in blocks, Spread) of images.files[part.start : part.stop]."""
-        files, blocks, spread = images.files[part.start : part.stop], [], Spread()
-        decoded = tqdm(latents.decoded(replace(images, files=files), cfg.image_size, enlarge),
-                       "features of the data", len(files), disable=not machine.FIRST)
-        pixels = (pixels for _, pixels, _ in decoded if pixels is not None)
-        while block := list(islice(pixels, AT_A_TIME)):
-            x = from_uint8(torch.stack(block))
-            blocks.append(features(x))
-            spread.add(x)
-        return blocks, spread
-
-    lines = [*machine.from_first(images.identity), name, f"{cfg.image_size} {enlarge}"]
-    key = hashlib.sha256("\n".join(lines).encode(errors="surrogatepass")).hexdigest()[:12]
-    source = latents.printable(Path(cfg.data_dir).stem)
-    path = Path(cfg.latents_dir, f"{source}-features-{key}.npz")
-    kept = machine.from_first(lambda: path.exists() and (
-        begins_with(path, embedded(range(AT_A_TIME))[0])))
-    if not kept:
-        blocks, spread = embedded(machine.mine(images.size))
-        parts = machine.gathered((blocks, spread.sums))
-        if machine.FIRST:
-            save_features(path, parts, images.size)
-        machine.wait()
-    with np.load(path) as file:
+    with np.load(machine.from_first(kept_features, cfg, name, features)) as file:
         return torch.from_numpy(file["features"]), float(file["std"])
 
 
-def begins_with(path, blocks):
-    """Whether a file of data_features is whole and its first rows are these; prints if not."""
-    now = torch.cat(blocks)
-    with suppress(OSError, EOFError, ValueError, LookupError, RuntimeError, zipfile.BadZipFile,
-                  zlib.error), np.load(path) as file:
-        kept = torch.from_numpy(file["features"])[:len(now)]
-        if "std" in file and (kept - now).norm() < 0.01 * now.norm():
-            return True                            # not equal: two devices round differently
-    print(f"{path} is damaged, or of other features of this name; it is made again")
-    return False
+def kept_features(cfg, name, features):
+    """The file of data_features in --latents-dir, made if there is none that fits.
 
+    Its name ends in a key of images, size and `name`: other images, another file. It fits if
+    `features` still gives the same for the first images. Raises UserError if none can be read.
+    """
+    import latents
+    try:                                           # download would wait for the other processes
+        images = latents.open_images(replace(cfg, download=False))
+    except UserError as e:                         # of captioned --real names them
+        raise UserError(str(e).replace("--data-dir", "--real") if cfg.dataset == "captioned"
+                        else str(e)) from e
+    lines = "\n".join([*images.identity(), name, cfg.dataset, str(cfg.image_size)])
+    key = hashlib.sha256(lines.encode(errors="surrogatepass")).hexdigest()[:12]
+    source = latents.printable(Path(cfg.data_dir).stem)
+    path = Path(cfg.latents_dir, f"{source}-features-{key}.npz")
 
-def save_features(path, parts, n):
-    """Writes what the processes embedded of n images; UserError if none of them can be read."""
-    blocks, spreads = zip(*parts)
-    if not any(blocks):
-        raise UserError("none of the images can be read, so there is nothing to compare with")
-    features, std = torch.cat(sum(blocks, [])), reduce(Spread.take, spreads, Spread()).std
-    if len(features) < n:
-        print(f"skipped {n - len(features):,} images that cannot be read")
+    parts, spread = [], Spread()
+    for x in images_in_blocks(images, cfg):
+        parts.append(features(x))
+        spread.add(x)
+        if len(parts) == 1 and path.exists():
+            with suppress(Exception), np.load(path) as file:   # a damaged file raises anything
+                kept = torch.from_numpy(file["features"])[:len(x)]
+                # not equal: two devices round differently
+                if file["std"] and (kept - parts[0]).norm() < 0.01 * parts[0].norm():
+                    return path
+            print(f"{path} is damaged, or of other features of this name; it is made again")
+    if not parts:
+        raise UserError(f"{cfg.data_dir} has no image that can be read")
+    values = torch.cat(parts)
+    if len(values) < images.size:
+        print(f"skipped {images.size - len(values):,} images that cannot be read")
     with checkpoint.replacing(path) as file:
-        np.savez(file, features=features.numpy(), std=std)
+        np.savez(file, features=values.numpy(), std=spread.std)
+    return path

@@ -1,5 +1,6 @@
 """Several processes, and pieces of a batch, compute what one process computes in one piece."""
 
+import json
 import multiprocessing
 import os
 import shlex
@@ -219,6 +220,19 @@ def test_conditions_and_guidance_of_two_processes():
     works(f"{line} one")
     all_work(f"{line} two")
     assert_equal_runs("one", "two")
+
+    # and measuring: each process draws its share of the samples
+    line = ("evaluate.py --checkpoint one/student.pt --nfe 2 --n 301 --batch 70 --device cpu "
+            "--threads 1 --out")
+    works(f"{line} alone")
+    first, second = all_work(f"{line} shared")
+    alone, shared = (json.loads(Path(f"{name}.json").read_text())["rows"]
+                     for name in ("alone", "shared"))
+    assert "as asked: class" in first.out and second.out == ""
+    assert len(alone) == len(shared) == 3
+    for a, b in zip(alone, shared):
+        for name in a.keys() - {"network", "per_second"}:
+            assert b[name] == pytest.approx(a[name], 1e-4, 1e-4), name
 
 
 def test_points_of_two_processes(moons):
