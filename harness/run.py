@@ -117,10 +117,6 @@ class Run:
         """The path of teacher.pt or student.pt."""
         return self.folder / f"{kind}.pt"
 
-    @property
-    def quality(self):
-        return self.folder / "quality.csv"
-
     def resume_files(self, kind):
         """The paths of the last two states of a teacher or student, the newest first."""
         return self.folder / f"{kind}_resume.pt", self.folder / f"{kind}_resume_old.pt"
@@ -149,21 +145,23 @@ class Run:
 
     @cached_property
     def dataset(self):
-        return data.load(self.cfg, self.device)
+        dataset = data.load(self.cfg, self.device)
+        if self.cfg.eval_every:                    # before days of training: it may fail
+            self.judge = self.opened_judge(dataset.decode)
+        return dataset
 
     @cached_property
     def data_key(self):
         return data.key(self.cfg)
 
-    @cached_property
-    def judge(self):
-        """--eval-every: the Reference and the arguments of evaluate.measure, by its defaults."""
+    def opened_judge(self, decode):
+        """The Reference and the arguments of evaluate.measure, by the defaults of evaluate.py."""
         import evaluate                            # not above: it is seldom needed
         machine.wait()                             # so that no process finds what another makes now
         args = evaluate.parse(make_parser(None), [], (), "", "")
         on_device = nn.Linear(1, 1, device=self.device)
         reference, settings, _ = evaluate.prepare(args, self.cfg, self.shape, on_device)
-        return reference, settings | {"decode": self.dataset.decode}
+        return reference, settings | {"decode": decode}
 
     # ------------------------------------------------------------------ which settings are in force
 
@@ -244,12 +242,8 @@ class Run:
 
         This happens only when all has been checked and the training begins.
         """
-        if not self.cfg.overwrite or self.discarded:
-            return
-        self.discarded = True
-        if self.cfg.eval_every:
-            self.judge                             # may fail
-        if FIRST:
+        if FIRST and self.cfg.overwrite and not self.discarded:
+            self.discarded = True
             for file in (*results, self.path("student"), *self.resume_files("student"),
                          *self.resume_files("teacher"), self.logfile("student"),
                          *self.folder.glob("student_[0-9]*.pt"),
@@ -344,8 +338,6 @@ class Run:
         size = cfg.batch_size if kind == "student" else cfg.teacher_batch_size
         states = {name: machine.unwrap(part) for name, part in states.items()}
         eval_every = cfg.eval_every if kind == "student" else 0
-        if eval_every:
-            self.judge                             # computes the features of the data, or fails
         start, seconds = self.restored(kind, states)
         start, self.begun = max(start, first), self.begun - seconds
         if start > steps:
@@ -385,7 +377,7 @@ class Run:
             if FIRST:
                 self.logfile(kind).unlink(missing_ok=True)   # of an older run
                 if kind == "student":
-                    self.quality.unlink(missing_ok=True)
+                    (self.folder / "quality.csv").unlink(missing_ok=True)
             return 0, 0.0
         for path in files:                         # the newest that is whole
             try:                                   # mapped: all processes share the host's memory
@@ -443,16 +435,16 @@ class Run:
     def measure(self, ema, step):
         """Measures the EMA as evaluate.py does, at 1 and 4 NFE; returns the row of quality.csv."""
         import evaluate
-        reference, settings = self.judge
+        (reference, settings), file = self.judge, self.folder / "quality.csv"
         measured = evaluate.measure("student", self.on_device(ema), (1, 4), reference, **settings)
         row = {"step": str(step)} | {f"distance at {m['nfe']} NFE": f"{m['distance']:.6g}"
                                      for m in measured}
         if FIRST:
             tqdm.write(f"{reference.name}: " + ", ".join(f"{k} {v}" for k, v in row.items()))
             with unimportant():
-                rows = [r for r in read_rows(self.quality) if int(r["step"]) < step] + [row]
-                write_rows(self.quality, row, rows)
-                pictures.losses(self.quality.with_suffix(".png"), curves(rows), reference.name)
+                rows = [r for r in read_rows(file) if int(r["step"]) < step] + [row]
+                write_rows(file, row, rows)
+                pictures.losses(file.with_suffix(".png"), curves(rows), reference.name)
         return row
 
     def finish(self, kind, ema):

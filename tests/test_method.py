@@ -632,6 +632,7 @@ def reference_step(net, z0, y, use, cfg, seed):
         psi = list(disc.parameters())
         grads = torch.autograd.grad(terms["disc"] + cfg.r1 / 2 * terms["r1"], psi,
                                     allow_unused=True)
+        terms["grad_norm_d"] = sum((g**2).sum() for g in grads if g is not None) ** 0.5
         with torch.no_grad():
             for p, g in zip(psi, grads):
                 if g is not None:
