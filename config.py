@@ -144,7 +144,7 @@ LATENTS = dict(
     l_gan=0.1, l_rf=0.1, l_bi=0.1, n_gan=0, n_rf=1000, n_bi=1000, r1=1.0,  # R1 (o)
     pair_steps=500,
     teacher_steps=120_500, teacher_lr=2e-5, teacher_batch_size=112, teacher_ema=0.9999,  # (l)
-    save_every=1000, preview_every=5000,
+    save_every=1000, preview_every=5000, keep_every=25_000,
 )
 PRESETS["celebahq"] = LATENTS | dict(data_dir="data/celebahq")
 PRESETS["folder"] = LATENTS | dict(data_dir="")
@@ -164,7 +164,7 @@ CAPTIONED_OFFICIAL = dict(metric="pseudo-huber", huber_c=0.01, truncation="landi
 # networks for latents; the smaller ones learn faster
 MODELS = {
     "paper": dict(channels=256, mult=(1, 2, 2, 2), blocks=2, attention=(3,), heads=4,
-                  time_scale=1.0, disc_channels=128, keep_every=25_000),
+                  time_scale=1.0, disc_channels=128),
     "small": dict(channels=80, mult=(1, 2, 2, 2), blocks=2, attention=(2, 3), heads=4,
                   time_scale=1000.0, disc_channels=64,
                   teacher_steps=60_000, teacher_lr=2e-4, teacher_batch_size=64, lr_final=0.0,
