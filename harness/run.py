@@ -89,8 +89,6 @@ class Run:
             package("bitsandbytes")                # if it is absent, now and not after the encoding
         if cfg.log:
             package(cfg.log)
-        if cfg.eval_every and cfg.dataset in LATENT_SETS:
-            package("pytorch_fid")
         self.cfg = cfg = data.with_classes(cfg)
         self.shape = data.sample_shape(cfg)
         check_network(cfg, self.shape)             # before anything is encoded or trained
@@ -351,13 +349,13 @@ class Run:
             def iterations():
                 for done in range(start + 1, steps + 1):
                     yield done - 1
-                    stop = interrupt.now()
-                    if done % cfg.save_every == 0 or done == steps or stop:
+                    stop, keep = interrupt.now(), cfg.keep_every and done % cfg.keep_every == 0
+                    if done % cfg.save_every == 0 or done == steps or stop or keep:
                         log.fetch()                # so a loss that is not finite is never saved
                         self.save(kind, states, done, self.resume_files(kind)[1])
-                    if cfg.keep_every and done % cfg.keep_every == 0:
-                        self.save_ema(self.folder / f"{kind}_{done:06d}.pt", kind, states["ema"],
-                                      done)
+                    if keep:
+                        kept = self.folder / f"{kind}_{done:06d}.pt"
+                        self.save_ema(kept, kind, states["ema"], done)
                     if stop and done < steps:
                         raise Interrupted(self, done, steps)
                     if FIRST and done % cfg.preview_every == 0:
