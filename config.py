@@ -163,7 +163,7 @@ LATENTS = dict(
     pair_steps=500,
     teacher_steps=120_500, teacher_lr=2e-5, teacher_batch_size=112,        # (l)
     teacher_ema=0.9999,                                # LFM has none by default
-    save_every=1000, preview_every=5000,
+    save_every=1000, preview_every=5000, keep_every=25_000,
 )
 PRESETS["celebahq"] = LATENTS | dict(data_dir="data/celebahq")
 PRESETS["folder"] = LATENTS | dict(data_dir="")
@@ -186,8 +186,7 @@ LFM_TEACHER = ("model_480.pth (Google Drive id 1AIuMr5Ewti6_wQAJdM9elsrERwrxI9Sb
 # networks for latents; the smaller ones learn faster
 MODELS = {
     "paper": dict(channels=256, mult=(1, 2, 2, 2), blocks=2, attention=(3,), heads=4,
-                  time_scale=1.0, disc_channels=128, keep_every=25_000,
-                  teacher_lr_final=0.5),                               # to 1e-5 (l)
+                  time_scale=1.0, disc_channels=128, teacher_lr_final=0.5),        # to 1e-5 (l)
     "small": dict(channels=80, mult=(1, 2, 2, 2), blocks=2, attention=(2, 3), heads=4,
                   time_scale=1000.0, disc_channels=64,
                   teacher_steps=60_000, teacher_lr=2e-4, teacher_batch_size=64, lr_final=0.0,

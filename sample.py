@@ -258,8 +258,7 @@ def parse(argv=None):
     how.add_argument("--nfe", type=int, nargs="+", default=[4], metavar="N",
                      help="number of function evaluations; several make a strip (Figure 5) [4]")
     how.add_argument("--n", type=int, help="number of samples [64 images or 4000 points]")
-    how.add_argument("--seed", type=int, default=0,
-                     help="seed of the noise; every NFE starts from the same noise [0]")
+    how.add_argument("--seed", type=int, default=0, help="of the noise, which all NFE share [0]")
     how.add_argument("--class", type=int, nargs="+", dest="classes", metavar="K",
                      help="a conditional network: the classes to draw, in turn [all]")
     how.add_argument("--prompt", nargs="+", metavar="TEXT", help="captions, captioned: what to "
@@ -271,8 +270,7 @@ def parse(argv=None):
                      help="heun is of second order and takes an odd NFE [euler]")
     how.add_argument("--stochastic", action="store_true",
                      help="predict z0, mix in fresh noise, repeat, as consistency models do")
-    how.add_argument("--batch", type=int, help="samples at a time [1000 points, 500 images, "
-                     "64 latents]")
+    how.add_argument("--batch", type=int, help="at a time [1000 points, 500 images, 64 latents]")
     output = parser.add_argument_group("what is written")
     output.add_argument("--trajectory", action="store_true", help="zt and z0-predictions along the "
                         "path (Figure 4: --nfe 10; Figure 7: --nfe 4 --no-teacher)")

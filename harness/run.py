@@ -89,8 +89,6 @@ class Run:
             package("bitsandbytes")                # if it is absent, now and not after the encoding
         if cfg.log:
             package(cfg.log)
-        if cfg.eval_every and cfg.dataset in LATENT_SETS:
-            package("pytorch_fid")
         self.cfg = cfg = data.with_classes(cfg)
         self.shape = data.sample_shape(cfg)
         check_network(cfg, self.shape)             # before anything is encoded or trained
@@ -116,10 +114,6 @@ class Run:
     def path(self, kind):
         """The path of teacher.pt or student.pt."""
         return self.folder / f"{kind}.pt"
-
-    @property
-    def quality(self):
-        return self.folder / "quality.csv"
 
     def resume_files(self, kind):
         """The paths of the last two states of a teacher or student, the newest first."""
@@ -149,21 +143,23 @@ class Run:
 
     @cached_property
     def dataset(self):
-        return data.load(self.cfg, self.device)
+        dataset = data.load(self.cfg, self.device)
+        if self.cfg.eval_every:                    # before days of training: it may fail
+            self.judge = self.opened_judge(dataset.decode)
+        return dataset
 
     @cached_property
     def data_key(self):
         return data.key(self.cfg)
 
-    @cached_property
-    def judge(self):
-        """--eval-every: the Reference and the arguments of evaluate.measure, by its defaults."""
+    def opened_judge(self, decode):
+        """The Reference and the arguments of evaluate.measure, by the defaults of evaluate.py."""
         import evaluate                            # not above: it is seldom needed
         machine.wait()                             # so that no process finds what another makes now
         args = evaluate.parse(make_parser(None), [], (), "", "")
         on_device = nn.Linear(1, 1, device=self.device)
         reference, settings, _ = evaluate.prepare(args, self.cfg, self.shape, on_device)
-        return reference, settings | {"decode": self.dataset.decode}
+        return reference, settings | {"decode": decode}
 
     # ------------------------------------------------------------------ which settings are in force
 
@@ -244,12 +240,8 @@ class Run:
 
         This happens only when all has been checked and the training begins.
         """
-        if not self.cfg.overwrite or self.discarded:
-            return
-        self.discarded = True
-        if self.cfg.eval_every:
-            self.judge                             # may fail
-        if FIRST:
+        if FIRST and self.cfg.overwrite and not self.discarded:
+            self.discarded = True
             for file in (*results, self.path("student"), *self.resume_files("student"),
                          *self.resume_files("teacher"), self.logfile("student"),
                          *self.folder.glob("student_[0-9]*.pt"),
@@ -344,8 +336,6 @@ class Run:
         size = cfg.batch_size if kind == "student" else cfg.teacher_batch_size
         states = {name: machine.unwrap(part) for name, part in states.items()}
         eval_every = cfg.eval_every if kind == "student" else 0
-        if eval_every:
-            self.judge                             # computes the features of the data, or fails
         start, seconds = self.restored(kind, states)
         start, self.begun = max(start, first), self.begun - seconds
         if start > steps:
@@ -359,13 +349,13 @@ class Run:
             def iterations():
                 for done in range(start + 1, steps + 1):
                     yield done - 1
-                    stop = interrupt.now()
-                    if done % cfg.save_every == 0 or done == steps or stop:
+                    stop, keep = interrupt.now(), cfg.keep_every and done % cfg.keep_every == 0
+                    if done % cfg.save_every == 0 or done == steps or stop or keep:
                         log.fetch()                # so a loss that is not finite is never saved
                         self.save(kind, states, done, self.resume_files(kind)[1])
-                    if cfg.keep_every and done % cfg.keep_every == 0:
-                        self.save_ema(self.folder / f"{kind}_{done:06d}.pt", kind, states["ema"],
-                                      done)
+                    if keep:
+                        kept = self.folder / f"{kind}_{done:06d}.pt"
+                        self.save_ema(kept, kind, states["ema"], done)
                     if stop and done < steps:
                         raise Interrupted(self, done, steps)
                     if FIRST and done % cfg.preview_every == 0:
@@ -385,7 +375,7 @@ class Run:
             if FIRST:
                 self.logfile(kind).unlink(missing_ok=True)   # of an older run
                 if kind == "student":
-                    self.quality.unlink(missing_ok=True)
+                    (self.folder / "quality.csv").unlink(missing_ok=True)
             return 0, 0.0
         for path in files:                         # the newest that is whole
             try:                                   # mapped: all processes share the host's memory
@@ -443,16 +433,16 @@ class Run:
     def measure(self, ema, step):
         """Measures the EMA as evaluate.py does, at 1 and 4 NFE; returns the row of quality.csv."""
         import evaluate
-        reference, settings = self.judge
+        (reference, settings), file = self.judge, self.folder / "quality.csv"
         measured = evaluate.measure("student", self.on_device(ema), (1, 4), reference, **settings)
         row = {"step": str(step)} | {f"distance at {m['nfe']} NFE": f"{m['distance']:.6g}"
                                      for m in measured}
         if FIRST:
             tqdm.write(f"{reference.name}: " + ", ".join(f"{k} {v}" for k, v in row.items()))
             with unimportant():
-                rows = [r for r in read_rows(self.quality) if int(r["step"]) < step] + [row]
-                write_rows(self.quality, row, rows)
-                pictures.losses(self.quality.with_suffix(".png"), curves(rows), reference.name)
+                rows = [r for r in read_rows(file) if int(r["step"]) < step] + [row]
+                write_rows(file, row, rows)
+                pictures.losses(file.with_suffix(".png"), curves(rows), reference.name)
         return row
 
     def finish(self, kind, ema):
