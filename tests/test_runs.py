@@ -940,8 +940,11 @@ def test_gpus_with_and_without_an_index(monkeypatch):
                         raising=False)
     for name, expected in (("auto", []), ("cuda", []), ("cuda:1", [1])):
         chosen = []
-        machine.choose_device(make_config("mnist", device=name))
+        monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+        machine.choose_device(make_config("mnist", device=name, precision="fp32"))
         assert chosen == expected
+        assert torch.backends.cudnn.benchmark and not torch.backends.cudnn.allow_tf32
 
 
 # --------------------------------------------------------------------------- the file itself
