@@ -1,13 +1,14 @@
 """Writes a student or teacher in half precision: `python -m study.ship FILE... FOLDER`.
 
 So the students in weights/ were made: they need half the room, and sample.py opens them as any
-other.
+other. Where they were trained (folders, device and so on) is left out.
 """
 
 from pathlib import Path
 
 import torch
 
+from config import CIRCUMSTANCES
 from harness import checkpoint
 from harness.script import make_parser, run_script
 
@@ -20,6 +21,8 @@ def main(argv=None):
     for file in map(Path, args.files):
         content = checkpoint.load(file, ("student", "teacher"))
         content["ema"] = {key: value.half() for key, value in content["ema"].items()}
+        content["config"] = {key: value for key, value in content["config"].items()
+                             if key not in CIRCUMSTANCES}
         with checkpoint.replacing(Path(args.folder, file.name)) as target:
             torch.save(content, target)
         print(f"wrote {Path(args.folder, file.name)}")

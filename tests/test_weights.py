@@ -6,6 +6,7 @@ import torch
 import captions
 import evaluate
 import sample
+from config import CIRCUMSTANCES
 from data import sample_points
 from harness import saved
 from harness.saved import open_network
@@ -20,8 +21,9 @@ def test_the_files_are_small():
     files = list(saved.SHIPPED.rglob("*.pt"))
     assert sum(file.stat().st_size for file in files) < 8e6
     for file in files:
-        ema = torch.load(file, weights_only=True)["ema"]
-        assert all(value.dtype == torch.float16 for value in ema.values())
+        content = torch.load(file, weights_only=True)
+        assert all(value.dtype == torch.float16 for value in content["ema"].values())
+        assert not set(content["config"]) & set(CIRCUMSTANCES), "where it was trained is nobody's"
 
 
 @pytest.mark.parametrize("dataset", DATASETS)
