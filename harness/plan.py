@@ -59,7 +59,8 @@ def show(run, only, begin, step):
               f"time       {hours(cfg, seconds)}", sep="\n  ", flush=True)
         # a student's state: theta, theta~, EMA, Adam's two moments; three while one is replaced
         every, need = cfg.keep_every, 3 * 4 * (5 * theta + 3 * disc)
-        need += 4 * theta * ((0 if teacher else 8) + 2 + (cfg.steps // every if every else 0))
+        kept = (cfg.steps + (0 if teacher else cfg.teacher_steps)) // every if every else 0
+        need += 4 * theta * ((0 if teacher else 8) + 2 + kept)
         no_room(run.folder, need, "what the run will keep", "choose another folder with --out")
     machine.wait()                                 # if rank 0 has failed, all stop
     return only
@@ -98,11 +99,8 @@ def sizes(cfg, shape):
     network, disc = velocity_network(cfg, shape).train(), discriminator(cfg, shape)
     theta, d = (sum(p.numel() for p in x.parameters()) for x in (network, disc))
     z, t, n = torch.randn(1, *shape), torch.rand(1), cfg.batch_size // machine.WORLD
-
-    def recompute(recomputed):
-        network.checkpointing, network.again = True, recomputed
-
-    kept = kept_bytes(network, lambda: network(z, t), recompute if cfg.checkpointing else None)
+    network.checkpointing = cfg.checkpointing
+    kept = kept_bytes(network, lambda: network(z, t))
     kept = n * (3 * kept / cfg.grad_accum + kept_bytes(disc, lambda: disc(z))) / GIB
     # fp32: teacher, theta, its gradient, theta~, the EMA, and Adam's two moments
     state = theta * (28 - 4 * cfg.ema_on_cpu - 6 * cfg.adam8bit) + d * (16 - 6 * cfg.adam8bit)
@@ -110,11 +108,10 @@ def sizes(cfg, shape):
                       f"networks and optimisers, {kept:.3g} for activations")
 
 
-def kept_bytes(network, function, checkpoint=None):
+def kept_bytes(network, function):
     """Bytes that function() keeps for the backward pass beside the network's parameters.
 
-    `checkpoint(recomputed)` makes the network call recomputed(block, *inputs) for each of its
-    blocks, of which then only the inputs are kept.
+    With --checkpointing only the inputs of the network's blocks are kept.
     """
     kept = {p.untyped_storage()._cdata: (0, p) for p in network.parameters()}
 
@@ -124,14 +121,14 @@ def kept_bytes(network, function, checkpoint=None):
             kept.setdefault(storage._cdata, (storage.nbytes(), tensor))
         return tensor
 
-    def recomputed(block, *inputs):
+    def again(block, *inputs):                     # of VelocityNetwork
         for tensor in inputs:
             keep(tensor)
         with torch.autograd.graph.saved_tensors_hooks(id, id):
             return block(*inputs)
 
-    if checkpoint:
-        checkpoint(recomputed)
+    if getattr(network, "checkpointing", False):
+        network.again = again
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         function()
     return sum(size for size, _ in kept.values())
