@@ -99,8 +99,11 @@ def sizes(cfg, shape):
     network, disc = velocity_network(cfg, shape).train(), discriminator(cfg, shape)
     theta, d = (sum(p.numel() for p in x.parameters()) for x in (network, disc))
     z, t, n = torch.randn(1, *shape), torch.rand(1), cfg.batch_size // machine.WORLD
-    network.checkpointing = cfg.checkpointing
-    kept = kept_bytes(network, lambda: network(z, t))
+
+    def recompute(recomputed):
+        network.checkpointing, network.again = True, recomputed
+
+    kept = kept_bytes(network, lambda: network(z, t), recompute if cfg.checkpointing else None)
     kept = n * (3 * kept / cfg.grad_accum + kept_bytes(disc, lambda: disc(z))) / GIB
     # fp32: teacher, theta, its gradient, theta~, the EMA, and Adam's two moments
     state = theta * (28 - 4 * cfg.ema_on_cpu - 6 * cfg.adam8bit) + d * (16 - 6 * cfg.adam8bit)
@@ -108,10 +111,11 @@ def sizes(cfg, shape):
                       f"networks and optimisers, {kept:.3g} for activations")
 
 
-def kept_bytes(network, function):
+def kept_bytes(network, function, checkpoint=None):
     """Bytes that function() keeps for the backward pass beside the network's parameters.
 
-    With --checkpointing only the inputs of the network's blocks are kept.
+    `checkpoint(recomputed)` makes the network call recomputed(block, *inputs) for each of its
+    blocks, of which then only the inputs are kept.
     """
     kept = {p.untyped_storage()._cdata: (0, p) for p in network.parameters()}
 
@@ -121,14 +125,14 @@ def kept_bytes(network, function):
             kept.setdefault(storage._cdata, (storage.nbytes(), tensor))
         return tensor
 
-    def again(block, *inputs):                     # of VelocityNetwork
+    def recomputed(block, *inputs):
         for tensor in inputs:
             keep(tensor)
         with torch.autograd.graph.saved_tensors_hooks(id, id):
             return block(*inputs)
 
-    if getattr(network, "checkpointing", False):
-        network.again = again
+    if checkpoint:
+        checkpoint(recomputed)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         function()
     return sum(size for size, _ in kept.values())

@@ -516,6 +516,7 @@ BAD = [
     ("--teacher-checkpoint half", "the unet of", "half"),
     ("--teacher-checkpoint notext", "text_encoder of", "notext"),
     ("--r1 1", "--r1 1.0", "attention"),
+    ("--eval-every 5", "--eval-every is not for captioned", "evaluate.py --prompts"),
     ("--model tiny", "--model", "captioned"),
     ("--vae taef2", "(32, 8, 8)"),
     ("--condition none --guidance 1", "--condition none"),
