@@ -135,7 +135,8 @@ class Pairs:
         if rows.shape != whole:
             raise ValueError(f"it holds {rows.shape}, not {whole}")
 
-        mine = machine.mine(self.size)
+        each = -(-self.size // machine.WORLD)
+        mine = range(machine.RANK * each, min((machine.RANK + 1) * each, self.size))
         for i in tqdm(mine[::batch], desc=f"pairs by {cfg.pair_steps} steps", unit="batch",
                       disable=not machine.FIRST):
             n = min(batch, mine.stop - i)
