@@ -276,9 +276,6 @@ def make_config(dataset=Config.dataset, **given):
         cfg = with_pipeline(cfg)
     elif cfg.vae == "pipeline":
         raise UserError("--vae pipeline is the autoencoder of captioned's teacher; name another")
-    if cfg.eval_every and dataset == "captioned":
-        raise UserError("--eval-every is not for captioned; leave it out, and measure its samples "
-                        "by evaluate.py --prompts FILE --real FOLDER")
     if cfg.download and dataset != "celebahq":
         raise UserError("--download is for celebahq alone; leave it out")
     if "gan" not in cfg.losses and "t_trunc" not in given:
@@ -301,10 +298,13 @@ def cifar10_settings(model="", preset="", method="", **given):
 
 
 def with_pipeline(cfg):
-    """cfg with the absolute path of its pipeline, if that is a folder; UserError for R1."""
+    """cfg with the absolute path of its pipeline, if a folder; UserError for what it cannot do."""
     if cfg.r1 > 0:
         raise UserError(f"--r1 {cfg.r1} is not possible for captioned: the attention in its "
                         "discriminator has no second derivative; leave it out, or set it to 0")
+    if cfg.eval_every:
+        raise UserError("--eval-every is not for captioned; leave it out, and measure its samples "
+                        "by evaluate.py --prompts FILE --real FOLDER")
     if Path(cfg.teacher_checkpoint).is_dir() and cfg.teacher_checkpoint:
         return replace(cfg, teacher_checkpoint=str(Path(cfg.teacher_checkpoint).absolute()))
     return cfg

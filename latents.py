@@ -352,7 +352,7 @@ class Latents:
         self.labels, self.ahead = labels, None
         # a GPU need not wait for the next batch; on a CPU a thread would only take its time
         self.thread = ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(
-            self.device,)) if self.device.type == "cuda" else None
+            self.device.index or 0,)) if self.device.type == "cuda" else None
         if labels is not None and len(labels) != self.size:
             raise UserError(f"{path} does not fit the .json or .jsonl beside it, which say what "
                             "was skipped; delete them all, and the images are encoded again")

@@ -59,7 +59,7 @@ def found(source):
     if Path(source).is_absolute() and not Path(source).exists():
         raise UserError(f"there is no {source}; if it has moved, name its new place by "
                         "--teacher-checkpoint")
-    pipelines, folder = library("diffusers"), None             # of a network alone
+    pipelines, folder = library("diffusers", "transformers"), None     # of a network alone
     with suppress(OSError, ValueError, AttributeError):        # no file, no JSON, no dictionary
         listed = pipelines.DiffusionPipeline.load_config(source)
         folder = "transformer" if listed.get("transformer", [None])[0] else "unet"

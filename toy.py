@@ -6,13 +6,13 @@ losses of SCFlow. Then both draw samples in 1, 2 and 4 steps. t = 1 is noise, t 
 
 from copy import deepcopy
 
-import matplotlib.pyplot as plt
 import torch
 from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import losses as L
+from harness.pictures import plt     # matplotlib.pyplot, also inside a notebook
 
 
 class MLP(nn.Sequential):

@@ -2,6 +2,7 @@
 
 import importlib
 import warnings
+from importlib.util import find_spec
 
 from torch import nn
 
@@ -11,18 +12,20 @@ ADVICE = ("name a folder in diffusers' layout, or the id of one on the Hugging F
           "must be in reach or in its cache")
 
 
-def package(name):
-    """An optional package; UserError if it is not installed."""
+def package(name, *others):
+    """An optional package. If it is absent, UserError names it, and what is absent of `others`."""
     try:
         return importlib.import_module(name)
     except ImportError as e:
-        raise UserError(f"this needs the package {name}; install it by pip install {name}") from e
+        lacking = [name, *(other for other in others if not find_spec(other))]
+        raise UserError(f"this needs {' and '.join(lacking)}; install by pip install "
+                        f"{' '.join(lacking)}") from e
 
 
-def library(name):
+def library(name, *others):
     """The package diffusers or transformers, without its warnings and progress bars."""
     warnings.filterwarnings("ignore", module="huggingface_hub")
-    logging = package(name).utils.logging
+    logging = package(name, *others).utils.logging
     logging.set_verbosity_error(), logging.disable_progress_bar()
     return package(name)
 

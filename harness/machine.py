@@ -135,9 +135,8 @@ def choose_device(cfg):
         torch.empty(1, device=device).item()
     except Exception as e:                         # each backend raises another exception type
         raise UserError(f"this machine has no device {name!r}; --device cpu always works") from e
-    if device.index is not None and device.type == "cuda":     # without an index it is refused
-        torch.cuda.set_device(device)
     if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)   # a device without an index is refused
         torch.backends.cudnn.benchmark = True      # shapes never change while training
         # In fp32, convolutions round to TF32 (unless --precision fp32), as in the official code.
         # Linear layers do not: they embed the time, and cost nothing.

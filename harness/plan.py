@@ -59,7 +59,8 @@ def show(run, only, begin, step):
               f"time       {hours(cfg, seconds)}", sep="\n  ", flush=True)
         # a student's state: theta, theta~, EMA, Adam's two moments; three while one is replaced
         every, need = cfg.keep_every, 3 * 4 * (5 * theta + 3 * disc)
-        need += 4 * theta * ((0 if teacher else 8) + 2 + (cfg.steps // every if every else 0))
+        kept = (cfg.steps + (0 if teacher else cfg.teacher_steps)) // every if every else 0
+        need += 4 * theta * ((0 if teacher else 8) + 2 + kept)
         no_room(run.folder, need, "what the run will keep", "choose another folder with --out")
     machine.wait()                                 # if rank 0 has failed, all stop
     return only

@@ -706,7 +706,7 @@ def test_a_disk_that_becomes_full(uninterrupted, monkeypatch):
 # --------------------------------------------------------------------------------- batches
 
 
-def a_latents(stochastic=True):
+def a_latents(stochastic=True, device="cpu"):
     """Three images whose means say which image and mirror version it is: 10 i + 5 mirrored."""
     array = np.zeros((3, 2, 2 if stochastic else 1, 4, 2, 2), dtype=np.float16)
     array[:, :, 0] = (10 * np.arange(3)[:, None] + 5 * np.arange(2))[..., None, None, None]
@@ -714,7 +714,7 @@ def a_latents(stochastic=True):
         array[:, :, 1] = np.log(np.float32([0.1, 0.5, 1.0]) ** 2)[:, None, None, None, None]
     np.save("some.npy", array)
     codec = latents.Codec(Pooling(stochastic=stochastic), settings(image_size=16))
-    return latents.Latents("some.npy", codec)
+    return latents.Latents("some.npy", codec, device=device)
 
 
 def test_batches_are_draws_of_the_posterior():
@@ -757,6 +757,15 @@ def test_batches_that_a_thread_makes_ahead_are_the_same(stochastic):
         assert torch.equal(one.normal(3), other.normal(3))     # all later draws agree, too
     ahead.thread.shutdown()
     assert made.count((7, 1)) == made.count((7, 2)) == 1 and (4, 12) in made
+
+
+def test_the_thread_uses_the_runs_gpu(monkeypatch):
+    """Also the first one, whose device has no index."""
+    chosen = []
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", chosen.append, raising=False)
+    for device in ("cuda", "cuda:1"):
+        a_latents(device=device).thread.submit(int).result()
+    assert chosen == [0, 1]
 
 
 # ----------------------------------------------------------------------- through the scripts

@@ -185,11 +185,12 @@ def test_timing_changes_nothing_of_the_run(faces_dir, taef2_files, monkeypatch):
 
 @pytest.mark.parametrize("teacher", [False, True])
 def test_a_disk_that_is_too_small_is_named_before_anything_is_trained(teacher, monkeypatch):
-    # theta, theta~, EMA and two moments; D and two moments; three times, then teacher and student
-    cfg = small(out="here")
+    # theta, theta~, EMA and two moments; D and two moments; three times, then teacher and student,
+    # and the averages that are kept: 3 of the student, 2 of a teacher that is still to be trained
+    cfg = small(out="here", steps=3, teacher_steps=2, keep_every=1)
     theta, d = (sum(p.numel() for p in x.parameters()) for x in (
         model.velocity_network(cfg, (4, 8, 8)), model.discriminator(cfg, (4, 8, 8))))
-    need = 4 * (3 * (5 * theta + 3 * d) + (0 if teacher else 8 * theta) + 2 * theta)
+    need = 4 * (3 * (5 * theta + 3 * d) + (3 if teacher else 3 + 2 + 8) * theta + 2 * theta)
     if teacher:
         Path("here").mkdir()
         Path("here/teacher.pt").touch()

@@ -933,18 +933,21 @@ def test_threads(dataset, threads, variable, expected, monkeypatch):
 
 
 def test_gpus_with_and_without_an_index(monkeypatch):
-    """torch.cuda.set_device refuses a device without an index; seen on the first real GPU."""
+    """torch.cuda.set_device refuses a device without an index; seen on the first real GPU.
+
+    cuDNN's settings do not depend on the index.
+    """
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch, "empty", lambda *shape, device: torch.zeros(1))
     monkeypatch.setattr(torch._C, "_cuda_setDevice", lambda index: chosen.append(index),
                         raising=False)
-    for name, expected in (("auto", []), ("cuda", []), ("cuda:1", [1])):
-        chosen = []
-        monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
-        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-        machine.choose_device(make_config("mnist", device=name, precision="fp32"))
-        assert chosen == expected
-        assert torch.backends.cudnn.benchmark and not torch.backends.cudnn.allow_tf32
+    monkeypatch.setattr(torch.backends, "cudnn", SimpleNamespace())
+    for name, index in (("auto", 0), ("cuda", 0), ("cuda:1", 1)):
+        for precision, tf32 in (("auto", True), ("fp32", False)):
+            chosen, torch.backends.cudnn.benchmark = [], False
+            machine.choose_device(make_config("mnist", device=name, precision=precision))
+            assert chosen == [index] and torch.backends.cudnn.benchmark
+            assert torch.backends.cudnn.allow_tf32 == tf32
 
 
 # --------------------------------------------------------------------------- the file itself

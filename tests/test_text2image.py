@@ -516,6 +516,7 @@ BAD = [
     ("--teacher-checkpoint half", "the unet of", "half"),
     ("--teacher-checkpoint notext", "text_encoder of", "notext"),
     ("--r1 1", "--r1 1.0", "attention"),
+    ("--eval-every 5", "--eval-every is not for captioned", "evaluate.py --prompts"),
     ("--model tiny", "--model", "captioned"),
     ("--vae taef2", "(32, 8, 8)"),
     ("--condition none --guidance 1", "--condition none"),
@@ -535,12 +536,14 @@ def test_bad_input(pipelines, no_pictures):
 
 def test_a_missing_package_is_named(pipelines, monkeypatch, images):
     line = f"train.py {RUN} --teacher-checkpoint {pipelines}/sd"
-    for name in ("diffusers", "transformers", "datasets"):
+    for names in ("diffusers", "transformers", "datasets", "diffusers transformers"):
         with monkeypatch.context() as patch:
-            patch.setitem(sys.modules, name, None)
+            for name in names.split():
+                patch.setitem(sys.modules, name, None)
             for cached in (text2image.found, text2image.texts_of):
                 cached.cache_clear()
-            refused(line, name, f"pip install {name}")
+            refused(line, f"this needs {names.replace(' ', ' and ')}" if name != "datasets" else
+                    "datasets", f"pip install {names}")
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     refused(f"{line} --adam8bit", "bitsandbytes", "pip install bitsandbytes")
 

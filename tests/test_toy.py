@@ -1,6 +1,10 @@
 """toy.py against the project: the page computes what the project computes."""
 
+import os
+import subprocess
+import sys
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
@@ -51,3 +55,9 @@ def test_the_page_is_short_and_runs(tmp_path, monkeypatch):
     toy.main(steps=3)
     assert (tmp_path / "toy.png").stat().st_size > 5000
     assert len(open(toy.__file__).read().splitlines()) <= 100
+
+
+def test_in_a_notebook():
+    """matplotlib refuses the backend that a notebook hands to the processes it starts."""
+    subprocess.run([sys.executable, "-c", "import toy"], cwd=Path(toy.__file__).parent, check=True,
+                   env=os.environ | {"MPLBACKEND": "module://matplotlib_inline.backend_inline"})
