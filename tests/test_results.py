@@ -28,7 +28,8 @@ KNOWN_WITHOUT_FILE = {"8gaussians.json", "losses-checkerboard.json", "losses-mni
 BY_HAND = {("The losses one after the other (Table 4 and Figure 6)", "CD"),       # the paper's
            ("MNIST", "one thread, 2,000 samples (the tables above)"),
            ("MNIST", "`--batch-size 64 --steps 1000 --n-rf 100 --ema 0.995`"),
-           ("Precision", "MNIST, student"), ("The weights and the number of elements", "2"),
+           ("Checkerboard", "none"), ("Precision", "MNIST, student"),
+           ("The weights and the number of elements", "2"),
            ("Text to image", "batch 16, `--l-rf 1 --l-gan 0.02 --disc-lr 4e-4`"),
            *(("What it costs", cell) for cell in ("1, the default of points", "fp32", "1"))}
 
