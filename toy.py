@@ -4,15 +4,15 @@ A teacher learns a checkerboard by flow matching. A student is distilled from it
 losses of SCFlow. Then both draw samples in 1, 2 and 4 steps. t = 1 is noise, t = 0 is data.
 """
 
+import os
 from copy import deepcopy
-
+os.environ["MPLBACKEND"] = "Agg"    # before matplotlib; a notebook's own works only inside it
+import matplotlib.pyplot as plt
 import torch
 from torch import nn
-from torch.optim import AdamW
-from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.optim import AdamW, lr_scheduler
 
 import losses as L
-from harness.pictures import plt     # matplotlib.pyplot, also inside a notebook
 
 
 class MLP(nn.Sequential):
@@ -73,7 +73,7 @@ def main(steps=3500):
     torch.manual_seed(0), torch.set_num_threads(1)
     teacher, disc = MLP(32, 2, nn.SiLU()), MLP(18, 1, nn.LeakyReLU(0.2))
     opt = AdamW(teacher.parameters(), lr=4e-3)
-    rate = CosineAnnealingLR(opt, steps)
+    rate = lr_scheduler.CosineAnnealingLR(opt, steps)
     for _ in range(steps):
         z0, z1, t = checkerboard(512), torch.randn(512, 2), torch.rand(512)
         L.flow_matching_loss(teacher(L.interpolate(z0, z1, t), t), z0, z1).backward()   # Eq. 1
@@ -81,7 +81,7 @@ def main(steps=3500):
 
     student, target = deepcopy(teacher), deepcopy(teacher)   # theta and theta~ start as phi
     opt, opt_disc = AdamW(student.parameters(), 2e-3), AdamW(disc.parameters(), 2e-3, (0.0, 0.99))
-    rate = CosineAnnealingLR(opt, steps)
+    rate = lr_scheduler.CosineAnnealingLR(opt, steps)
     for step in range(steps):
         student_loss(teacher, student, target, disc, opt_disc, checkerboard(256), step).backward()
         opt.step(), opt.zero_grad(), opt_disc.zero_grad(), rate.step()

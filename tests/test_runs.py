@@ -192,7 +192,6 @@ BAD = [
     ("train.py --dataset celebahq --preset paper --model small", "--preset paper", "small"),
     ("train.py --plan", "--plan", "celebahq and folder"),
     ("teacher.py --plan", "no flag --plan"),
-    ("train.py --losses gan", "--losses", "cd"),
     ("sample.py --nfe 0", "--nfe 0"),
     ("sample.py --n 0", "--n 0"),
     (f"sample.py --n {10**13} --nfe 1", "--n 1", "2^31"),
