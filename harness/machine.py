@@ -45,7 +45,11 @@ def start(device):
                         "set; start the script by torchrun, or unset WORLD_SIZE")
     # the others wait while rank 0 encodes a data set, which may take hours
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(days=1))
+    try:
+        dist.init_process_group(backend, timeout=timedelta(days=1))
+    except RuntimeError as e:                      # another process may have ended already
+        raise UserError(f"the processes cannot join ({first_line(e)}); if another one says why, "
+                        "fix that") from e
 
 
 def share(network):

@@ -17,7 +17,7 @@ from harness.saved import conditions_of, open_network
 from harness.script import given_flags, make_parser, run_script
 from losses import distance, interpolate, z0_prediction
 
-STEPS, BATCHES = (0.1, 0.05, 0.02, 0.01), 8
+STEPS, BATCHES, SAMPLES = (0.1, 0.05, 0.02, 0.01), 8, 64
 
 
 @torch.no_grad()
@@ -67,7 +67,7 @@ def main(argv=None):
             raise UserError(f"{file} is a network of points, which always use fp32")
         network.requires_grad_(True)
         many, *batches = (states(network, content["shape"], conditions_of(cfg), n, step)
-                          for step, n in enumerate([64] + [16] * BATCHES))
+                          for step, n in enumerate([SAMPLES] + [16] * BATCHES))
         for kind in ["bf16", "TF32"][:1 + given["device"].startswith("cuda")]:
             exact, rounded = (torch.stack([gradient(network, p, cfg, *batch) for batch in batches])
                               for p in ("fp32", kind))

@@ -125,6 +125,7 @@ def test_the_error_of_a_difference_is_what_rounding_does_to_it():
 
 
 def test_the_table_of_precisions(monkeypatch):
+    monkeypatch.setattr(precision, "SAMPLES", 8)
     monkeypatch.setattr(precision, "BATCHES", 2)
     printed = works("study.precision",
                     Path(config.__file__).parent / "weights/mnist/student.pt")
