@@ -241,13 +241,13 @@ def make_table(args, given):
         if seed == args.seed and args.kind == "losses" and OURS not in label and not args.only:
             ladder.append((label, network, (1, 4)))
 
-    text = evaluate.report(args.dataset, reference, rows, args.solver)
+    text, spent = evaluate.report(args.dataset, reference, rows, args.solver), costs(trained)
     part = [*args.only, str(args.seed)] if args.only else []
     name = re.sub(r"[^\w.]+", "-", " ".join([args.kind, *part]))
     evaluate.write(args.out or root / name, args.dataset, reference, rows,
-                   "\n\n".join([f"{TABLES[args.kind]}: {text}", costs(trained), *diverged]),
+                   "\n\n".join([f"{TABLES[args.kind]}: {text}", spent, *diverged]),
                    ablation=args.kind, seeds=args.seeds, solver=args.solver, diverged=diverged,
-                   costs=costs(trained))
+                   costs=spent)
     if ladder:
         picture = sample.strips(root / "figure6.png", ladder, shape, (1, 4), args.seed,
                                 settings["device"], columns=8, decode=settings["decode"],
