@@ -15,12 +15,6 @@ SCRIPTS = {"train", "teacher", "sample", "evaluate", "latents", "study.ablation"
            "study.precision", "study.ship", "study.speed"}
 
 
-def without_old_commands(page):
-    """A page without the first column of its table "before | now"."""
-    return re.sub(r"^\| before \|.*?(?:\n\n|\Z)", lambda m: re.sub(r"(?m)^\|[^|]*", "", m[0]), page,
-                  flags=re.M | re.S)
-
-
 def test_quoted_code_stands_in_the_sources():
     sources = "\n".join(path.read_text() for path in SOURCES)
     quoted = re.findall(r"```python\n(.*?)```", README, re.S)
@@ -57,14 +51,13 @@ def test_every_flag_is_one_of_some_script(capsys):
             importlib.import_module(script).main(["--help"])
         known |= set(re.findall(r"--[a-z][\w-]*", capsys.readouterr().out))
     for path, page in PAGES.items():
-        named = set(re.findall(r"(?<![\w|-])--[a-z][\w-]*", without_old_commands(page)))
+        named = set(re.findall(r"(?<![\w|-])--[a-z][\w-]*", page))
         assert named <= known, f"{path.name}: {named - known}"
 
 
 def test_every_command_is_one_that_exists():
     known = {"-m pytest", "toy.py"} | {f"-m {s}" if "." in s else f"{s}.py" for s in SCRIPTS}
     for path, page in PAGES.items():
-        page = without_old_commands(page)
         called = re.findall(r"python ((?:-m )?[\w.]+)", page) + re.findall(r"(\w+\.py) --", page)
         assert set(called) - {"-m venv"} <= known, f"{path.name}: {set(called) - known}"
 
