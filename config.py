@@ -48,7 +48,7 @@ class Config:
 
     # -- the machine
     device: str = "auto"            # cpu, cuda, cuda:1, mps; auto takes the first GPU, if any
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # bf16 if fast; to distil paper: fp32/TF32
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # bf16 if fast; student of paper: fp32/TF32
     channels_last: bool = False     # NHWC memory format (images only; measure it on your machine)
     compile: bool = False           # torch.compile the velocity networks (the discriminator never)
     threads: int = 0                # CPU threads; 0: $OMP_NUM_THREADS, or 1 for points, else all
@@ -87,7 +87,7 @@ class Config:
     betas: tuple[float, ...] = (0.9, 0.999)  # AdamW's two betas for the student
     disc_betas: tuple[float, ...] = (0.0, 0.99)  # AdamW's two betas for the discriminator
     disc_channels: int = 128        # width of the discriminator
-    disc_trunk: Literal["trained", "frozen"] = "trained"  # captioned: the UNet's half in D
+    disc_trunk: Literal["trained", "frozen"] = "trained"  # captioned: the UNet's encoder in D
     adam8bit: bool = False          # AdamW with moments of 8 bits, for a GPU (needs bitsandbytes)
     guidance: float = 1.0           # w of the guided teacher (Eq. 3); 1 is off
     t_trunc: float = 0.1            # truncation time of CD (Eq. 8); 0: plain CD, as without GAN

@@ -107,7 +107,7 @@ class MLP(VelocityNetwork):
 
 
 class PointDiscriminator(Network):
-    """D(z) of points, (B, dim) -> (B,) logits, large where z looks like data."""
+    """D(z) of points, (B, dim) -> (B,) logits, large if z looks like data."""
 
     def __init__(self, dim=2, channels=128, num_classes=0):
         super().__init__()

@@ -24,7 +24,7 @@ from teacher import find_or_train, load_teacher
 
 
 def losses_in_use(cfg, step):
-    """The losses of iteration `step`: those of cfg.losses whose warm-up is over (iter >= N)."""
+    """The losses of iteration `step`, counted from 0: those whose warm-up N is over (step >= N)."""
     starts = {"cd": 0, "gan": cfg.n_gan, "rf": cfg.n_rf, "bi": cfg.n_bi}
     return {name for name in cfg.losses if step >= starts[name]}
 

@@ -46,7 +46,7 @@ def learn(net, cfg, loss, clip=math.inf):
 
 
 def flow_map_loss(student, target, v, zt, t, s, r, y=None, metric="pseudo-huber", c=0.01):
-    """One step from t to r lands where a step to s by the teacher and theta~'s from s to r lands.
+    """A step from t to r lands where the teacher's step to s, and then theta~'s step to r, land.
 
     zt - (t - r) u(zt, t, r) = z_s - (s - r) u~(z_s, s, r), with z_s = zt - (t - s) v, for times
     r <= s <= t (B,) and the teacher's v (B, ...) at (zt, t): SplitMeanFlow's identity, without a
