@@ -43,7 +43,7 @@ OURS = " (ours)"                   # marks a row that the paper's table does not
 WEIGHTS = [(1.0, 1.0, 1.0), (0.4, 0.4, 0.4), (0.2, 0.2, 0.2), (0.1, 0.1, 0.1), (1.0, 0.1, 0.1),
            (0.1, 1.0, 1.0)]        # l_gan, l_rf, l_bi of Table 5
 TIMES = {"t_trunc": (0.0, 0.1, 0.2, 0.4, 0.5), "mu": (0.9, 0.95), "t_skip": (0.1, 0.2)}   # Table 6
-MORE_TIMES = {"t_trunc": (0.6,), "mu": (0.0, 0.5, 0.99), "t_skip": (0.02, 0.05)}
+MORE_TIMES = {"mu": (0.0,), "t_skip": (0.02,)}
 GUIDANCE, TRUNCATION = (1.0, 1.5, 3.0), (0.1, 0.2, 0.4)        # w and t_trunc of that table
 # settings that the table itself chooses; all others are flags
 CHOSEN = ("dataset", "out", "seed", "resume", "overwrite", "download", "method", "losses",
@@ -71,12 +71,13 @@ def cells(kind, default):
                 for name, recipe in fgm_recipes(default).items() for alpha in (1.0, 0.5)}
     if kind == "times":
         return {f"{name} = {value:g}{mark}": {name: value} for name in TIMES
-                for mark, table in (("", TIMES), (OURS, MORE_TIMES)) for value in table[name]}
+                for mark, table in (("", TIMES), (OURS, MORE_TIMES))
+                for value in table.get(name, ())}
     names = ("l_gan", "l_rf", "l_bi")
     table = {"{:g}, {:g}, {:g}".format(*row): dict(zip(names, row)) for row in WEIGHTS}
     table["default" + OURS] = {}
     return table | {f"{name} = {value:g}{OURS}": {name: value} for name in names
-                    for value in (rounded(getattr(default, name) * k) for k in (0, 1 / 3, 3))}
+                    for value in (0.0, rounded(3 * getattr(default, name)))}
 
 
 def fgm_recipes(default):
