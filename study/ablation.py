@@ -17,6 +17,7 @@ import json
 import math
 import re
 import statistics
+from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -205,14 +206,10 @@ def measured(path, label, nfes, network, reference, settings, seed):
     key = dict(nfes=nfes, n=settings["n"], solver=settings["solver"], seed=seed,
                metric=reference.name, data=f"{reference.data.double().sum().item():.6g}")
     if file.exists() and file.stat().st_mtime >= path.stat().st_mtime:
-        try:
+        with suppress(ValueError, KeyError, TypeError):        # damaged: they are measured again
             content = json.loads(file.read_text())
             if content["key"] == key:
-                return [{"network": label, "nfe": int(row["nfe"]), "seed": seed,
-                         **{name: float(row[name]) for name in evaluate.measures(row)}}
-                        for row in content["rows"]]
-        except (ValueError, KeyError, TypeError):  # damaged: they are measured again
-            pass
+                return [row | {"network": label} for row in content["rows"]]
     rows = evaluate.measure(label, network, nfes, reference, seed=seed, **settings)
     write_text(file, json.dumps({"key": key, "rows": rows}, indent=1, allow_nan=False))
     return rows

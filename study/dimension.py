@@ -8,8 +8,6 @@ discriminator, which sees all of them. A table shows the gradient that each loss
 sample, before its weight.
 """
 
-import json
-
 import torch
 from torch import nn
 from tqdm import trange
@@ -19,14 +17,13 @@ import evaluate
 import sample
 import train
 from config import MACHINE, make_config
-from harness import UserError
-from harness.checkpoint import write_text
 from harness.saved import SHIPPED
 from harness.script import add_field_flags, given_flags, make_parser, run_script
 from losses import (bidirectional_loss, consistency_loss, generator_loss, interpolate, reflow_loss,
                     time_skip, z0_prediction, z0_predictions)
 from model import set_rates
 
+ELEMENTS = (2, 32, 512)            # N
 SIZES = {"std (2/N)^(1/2)": lambda n: 1.0, "std 1": lambda n: (n / 2) ** 0.5}
 POINTS = 10_000                    # for the distance
 FIELDS = ("seed", "steps", "l_gan", "l_rf", "l_bi", "metric", "huber_c", "r1", *MACHINE)
@@ -99,33 +96,16 @@ def distil(teacher, n, elements, cfg):
             **distances}
 
 
-def table(rows):
-    """The rows of `distil` as a Markdown table."""
-    names = list(rows[0])
-    return evaluate.markdown([names, *(
-        [str(row["N"]), row["elements"], *(f"{row[name]:.3g}" for name in names[2:])]
-        for row in rows)])
-
-
 def main(argv=None):
     parser = make_parser(__doc__)
-    parser.add_argument("--n", type=int, nargs="+", default=[2, 32, 512], metavar="N",
-                        help="numbers of elements [2 32 512]")
-    parser.add_argument("--out", default="runs/dimension", metavar="FILE",
-                        help="the table as FILE.json and FILE.md [%(default)s]")
     add_field_flags(parser, FIELDS)
-    args = parser.parse_args(argv)
-    if min(args.n) < 2:
-        raise UserError(f"--n {min(args.n)} has no room for points of two coordinates; it must be "
-                        "at least 2")
-    cfg = make_config("checkerboard", **{"steps": 1500} | given_flags(args, FIELDS))
-    teacher, _, _ = sample.open_network(SHIPPED / "checkerboard" / "teacher.pt",
-                                        **given_flags(args, MACHINE))
-    rows = [distil(teacher, n, size, cfg) for size in SIZES for n in args.n]
-    print(table(rows))
-    write_text(f"{args.out}.json", json.dumps(rows, indent=1))
-    write_text(f"{args.out}.md", table(rows))
-    print(f"\nwrote {args.out}.json, {args.out}.md")
+    given = given_flags(parser.parse_args(argv))
+    cfg = make_config("checkerboard", **{"steps": 1500} | given)
+    teacher, _, _ = sample.open_network(SHIPPED / "checkerboard" / "teacher.pt", **{
+        name: value for name, value in given.items() if name in MACHINE})
+    rows = [distil(teacher, n, size, cfg) for size in SIZES for n in ELEMENTS]
+    print(evaluate.markdown([list(rows[0]), *(
+        [x if isinstance(x, str) else f"{x:.3g}" for x in row.values()] for row in rows)]))
 
 
 if __name__ == "__main__":

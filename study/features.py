@@ -55,9 +55,6 @@ def mnist_classifier(data_dir, folder=Path("runs/mnist"), epochs=2):
     if machine.from_first(path.exists):
         checkpoint.load_weights(net, checkpoint.load(path, "classifier")["net"], path)
         return net.eval()
-    if others := [str(p) for p in sorted(folder.glob("classifier*.pt"))]:
-        print(f"{', '.join(others)}: trained on other data, or before classifiers remembered "
-              f"theirs; training {path}")
 
     images, labels = data.mnist(data_dir)
     generator, batch = torch.Generator().manual_seed(0), 100

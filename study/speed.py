@@ -4,7 +4,6 @@ Random weights, and noise for data: the time does not depend on them. All settin
 compare, for example, `--precision fp32` with `--precision bf16`, `--channels-last`, `--compile`.
 """
 
-import sys
 from dataclasses import replace
 
 import torch
@@ -22,11 +21,6 @@ from harness.script import add_field_flags, given_flags, make_parser, run_script
 from latents import Codec
 from model import copy_of, velocity_network
 from vae import AUTOENCODERS
-
-try:
-    import resource
-except ImportError:                # Windows
-    resource = None
 
 
 def iteration(cfg, device):
@@ -60,16 +54,6 @@ def costs(cfg, device):
     return functions
 
 
-def peak_memory(device):
-    """Peak memory of this process in GB, on the GPU if there is one; None if it is not known."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    if resource is None:
-        return None
-    unit = 1 if sys.platform == "darwin" else 1024             # bytes on macOS, else kilobytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
 def main(argv=None):
     parser = make_parser(__doc__, usage="%(prog)s [flags]")
     parser.add_argument("--peak", type=float, default=0.0, help="TFLOP/s of the device, of which "
@@ -96,8 +80,8 @@ def main(argv=None):
             rate = operations / seconds / 1e12
             print(f"  {operations / 1e12:.3g} TFLOP, {rate:.3g} TFLOP/s" + (
                 f", {100 * rate / peak:.1f} % of {peak:g}" if peak else ""))
-    if memory := peak_memory(device):
-        print(f"\npeak memory: {memory:.1f} GB")
+    if device.type == "cuda":
+        print(f"\npeak memory: {torch.cuda.max_memory_allocated() / plan.GIB:.1f} GiB")
 
 
 if __name__ == "__main__":

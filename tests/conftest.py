@@ -62,4 +62,5 @@ def no_pictures(monkeypatch):
     def touch(path, *args, **more):
         Path(path).touch()
     monkeypatch.setattr("sample.strips", touch)
+    monkeypatch.setattr("harness.run.Run.strips", lambda run, path, dataset: touch(path))
     monkeypatch.setattr("harness.pictures.losses", touch)

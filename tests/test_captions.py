@@ -10,7 +10,7 @@ import data
 import model
 from config import make_config
 from harness import UserError
-from harness.saved import conditions_of
+from harness.saved import SHIPPED, conditions_of
 from running import gen, is_picture, read, refused, works
 
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
@@ -169,7 +169,7 @@ def test_a_run_is_drawn_by_prompts_and_judged():
     assert one.shape == (4, 28, 28, 3) and (one[1::2] == two[1::2]).all()
     works("sample.py --teacher --guidance 3 --prompt '' 'a cyan bar' --nfe 1 2 --out strip.png")
     assert is_picture("strip.png")
-    printed = works("evaluate.py --nfe 1 2 --n 200 --guidance 1 3")
+    printed = works("evaluate.py --nfe 1 2 --n 150 --guidance 3")
     for words in ("all right, one object", "all right, two objects", "pairs never drawn", "w = 3"):
         assert words in printed
 
@@ -189,9 +189,7 @@ def test_bad_settings(line, named):
 
 
 def test_a_network_of_classes_takes_no_prompt():
-    works("train.py --dataset 8gaussians --condition class --channels 16 --blocks 1 --steps 2 "
-          "--teacher-steps 2 --batch-size 8 --teacher-batch-size 8 --threads 1")
-    refused("sample.py --prompt 'a red ring' --checkpoint runs/8gaussians/student.pt", "--prompt",
+    refused(f"sample.py --prompt 'a red ring' --checkpoint {SHIPPED}/mnist/student.pt", "--prompt",
             "classes")
 
 

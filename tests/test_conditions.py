@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -155,7 +156,7 @@ def test_labels_of_mnist_are_its_own(mnist_dir):
 
 
 @pytest.mark.parametrize("method", ["reflow", "reflow-distill", "fgm", "cd"])
-def test_baselines_carry_the_condition(method, monkeypatch):
+def test_baselines_carry_the_condition(method, monkeypatch, no_pictures):
     seen = watch(monkeypatch)
     works(f"train.py {CLASS} --method {method} --guidance 2 --pairs 40 --pair-steps 2")
     rows = [y for embedding, y in seen if y is not None and len(y) == 32]
@@ -185,10 +186,17 @@ def test_a_guided_teacher_counts_twice():
 # ---------------------------------------------------------------------------------- as a user
 
 
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A run by class; tests work on copies of it."""
+    folder = tmp_path_factory.mktemp("classes") / "8gaussians"
+    works(f"train.py {CLASS} --guidance 1.5 --out {folder}")
+    return folder
+
+
 @pytest.fixture
-def run(tmp_path):
-    works(f"train.py {CLASS} --guidance 1.5")
-    return Path("runs/8gaussians")
+def run(trained):
+    return Path(shutil.copytree(trained, "runs/8gaussians"))
 
 
 def test_classes_are_drawn_and_measured(run):
@@ -238,19 +246,15 @@ def test_bad_input(line, named, run):
 
 
 def test_an_unconditional_network_has_no_classes_and_no_guidance():
-    works(f"train.py --dataset moons {TINY}")
+    """The one of weights/, since runs/ has none."""
     refused("sample.py --class 1", "--class", "unconditional")
     refused("sample.py --teacher --guidance 2", "--guidance", "unconditional")
 
 
-def test_a_teacher_that_never_saw_the_null_condition_is_not_guided():
-    works(f"train.py {CLASS} --p-null 0")
-    refused("sample.py --teacher --guidance 2", "--p-null 0")
-    works("sample.py --teacher --guidance 1 --n 20 --out a.png")
-
-
-def test_a_student_is_not_guided_by_a_teacher_that_never_saw_the_null_condition():
+def test_a_teacher_that_never_saw_the_null_condition_is_not_guided(no_pictures):
     works(f"teacher.py {CLASS} --p-null 0 --out phi")
+    refused("sample.py --checkpoint phi/teacher.pt --guidance 2", "--p-null 0")
+    works("sample.py --checkpoint phi/teacher.pt --guidance 1 --nfe 1 --n 20 --npz a.npz")
     refused(f"train.py {CLASS} --guidance 3 --teacher-checkpoint phi/teacher.pt --out a",
             "--p-null 0", "phi/teacher.pt")
 
@@ -264,7 +268,7 @@ def test_other_labels_are_other_data(monkeypatch):
     assert keys[0][0] == keys[1][0] and keys[0][1] != keys[1][1]
 
 
-def test_one_table_holds_one_condition(run):
+def test_one_table_holds_one_condition(run, no_pictures):
     works(f"train.py --dataset 8gaussians {TINY} --out plain")
     refused(f"evaluate.py --n 100 --nfe 1 --checkpoint {run}/student.pt plain/student.pt",
             "--condition")
@@ -281,7 +285,7 @@ def test_pairs_of_another_guidance_are_other_pairs(tmp_path):
     assert len(list(tmp_path.glob("pairs-8-1-3-*.npy"))) == 2
 
 
-def test_sub_folders_are_classes(taef2_files):
+def test_sub_folders_are_classes(taef2_files, no_pictures):
     """Their order is that of their names; a skipped image does not shift the labels."""
     for name, grey in (("cats", 40), ("dogs", 200)):
         Path("animals", name).mkdir(parents=True)
@@ -313,7 +317,7 @@ def test_sub_folders_are_classes(taef2_files):
 SHORT = "--channels 16 --blocks 1 --steps 4 --n-rf 1 --teacher-steps 4 --lr-warmup 1 --threads 1"
 
 
-def test_guidance_against_truncation(monkeypatch):
+def test_guidance_against_truncation(monkeypatch, no_pictures):
     monkeypatch.setattr(ablation, "GUIDANCE", (1.0, 3.0))
     monkeypatch.setattr(ablation, "TRUNCATION", (0.1, 0.4))
     line = f"study.ablation guidance --dataset 8gaussians --condition class {SHORT} --n 200 --nfe 1"
@@ -340,6 +344,7 @@ def test_everything_is_guided(monkeypatch):
 
     kept, distil = [], guide_everything.distil
     monkeypatch.setattr(guide_everything, "distil", lambda *a: kept.append(distil(*a)) or kept[-1])
+    monkeypatch.setattr(Run, "pictures", lambda *_: [])        # those of teacher and plain student
     printed = works(f"study.guide_everything {SHORT} --n 200 --nfe 1 2")
     for name in ("teacher alone", "teacher, theta~", "teacher, theta~, theta", "sampled guided"):
         assert f"| {name} " in printed or name in printed

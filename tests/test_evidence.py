@@ -223,19 +223,18 @@ def test_features_of_your_own(monkeypatch):
             features.extractor(cfg, spec)
 
 
-def test_each_data_set_of_digits_has_its_own_classifier(monkeypatch, capsys):
+def test_each_data_set_of_digits_has_its_own_classifier(monkeypatch):
     digits = torch.randint(256, (300, 1, 28, 28), dtype=torch.uint8, generator=gen())
     labels, nets = torch.randint(10, (300,), generator=gen(1)), []
     for images in (digits, digits, 255 - digits):
         monkeypatch.setattr(data, "mnist", lambda *_, images=images, **__: (images, labels))
         nets.append(features.mnist_classifier("data", Path("here"), epochs=1).state_dict())
-        printed = capsys.readouterr().out
     assert same(nets[0], nets[1])
     assert not any(torch.equal(a, b) for a, b in zip(nets[0].values(), nets[2].values()))
-    assert "other data" in printed and len(list(Path("here").glob("classifier-*.pt"))) == 2
+    assert len(list(Path("here").glob("classifier-*.pt"))) == 2
 
 
-def test_latents_are_measured_as_images(faces_dir, taef2_files):
+def test_latents_are_measured_as_images(faces_dir, taef2_files, no_pictures):
     Path("own_few.py").write_text(
         "def few(x):\n    return x[:, :, ::16, ::16].flatten(1)[:, :6]\n")
     copy_faces(faces_dir, 24, "photos")
@@ -456,7 +455,7 @@ def test_when_another_process_fails_each_one_ends(monkeypatch):
 
 
 @pytest.mark.parametrize("method", ["cd", *baselines.STEPS])
-def test_a_baseline_end_to_end(method, moons_run):
+def test_a_baseline_end_to_end(method, moons_run, no_pictures):
     line = f"train.py --dataset moons --method {method} {SMALL} {PAIRS}"
     folder = Path(f"runs/moons-{method}")
     assert f"wrote: {folder}/student.pt" in works(line)
@@ -469,7 +468,7 @@ def test_a_baseline_end_to_end(method, moons_run):
     assert list(log[0]) == ["step", *train.STEPS[method][1], "per_second"]
     assert int(log[-1]["step"]) == 12
     assert "already finished" in works(line)
-    works(f"sample.py --checkpoint {folder}/student.pt --nfe 1 --n 9")
+    works(f"sample.py --checkpoint {folder}/student.pt --nfe 1 --n 9 --npz raw.npz")
     if method == "cd":                             # plain CD is the first rung of the ladder
         works(f"train.py --dataset moons --losses cd {SMALL} --out rung")
         assert same(read("rung/student.pt")["ema"], student["ema"])
@@ -477,7 +476,7 @@ def test_a_baseline_end_to_end(method, moons_run):
 
 @pytest.mark.parametrize("method, stop", [("reflow", 5), ("reflow-distill", 5), ("flowmap", 11),
                                           ("reflow-distill", 11), ("fgm", 11)])
-def test_a_baseline_resumes_bit_for_bit(method, stop, moons_run, monkeypatch):
+def test_a_baseline_resumes_bit_for_bit(method, stop, moons_run, monkeypatch, no_pictures):
     line = f"train.py --dataset moons --method {method} {SMALL} {PAIRS} --threads 1"
     works(f"{line} --out whole")
     with monkeypatch.context() as m:
@@ -507,7 +506,7 @@ def stop_at(iteration, monkeypatch):
         monkeypatch.setitem(train.STEPS, name, (partial(breaking, step=step), terms))
 
 
-def test_starting_anew_takes_nothing_of_the_older_run(moons_run, monkeypatch):
+def test_starting_anew_takes_nothing_of_the_older_run(moons_run, monkeypatch, no_pictures):
     line = f"train.py --dataset moons --method reflow-distill {SMALL} {PAIRS}"
     works(f"{line} --out whole --seed 1")
     works(f"train.py --dataset moons {SMALL} --out parts")     # another method's log
@@ -764,15 +763,13 @@ def test_gradients_are_those_of_means_over_the_elements():
 
 def test_the_table_of_dimensions(monkeypatch):
     monkeypatch.setattr(dimension, "POINTS", 200)
-    printed = works("study.dimension --steps 3 --n 2 5 --out table --threads 1")
-    assert "| N | elements " in printed and printed.count("| 5 |") == 2
-    rows = json.loads(Path("table.json").read_text())
-    assert [(r["N"], r["elements"]) for r in rows] == [
-        (n, name) for name in dimension.SIZES for n in (2, 5)]
-    assert all(r["GAN / CD"] > 0 and r["NFE 16"] > 0 for r in rows)
-    first, other = rows[0] | {"elements": ""}, rows[2] | {"elements": ""}
-    assert first == other                          # with N = 2 both are the points themselves
-    refused("study.dimension --n 1", "--n 1", "2")
+    monkeypatch.setattr(dimension, "ELEMENTS", (2, 5))
+    lines = works("study.dimension --steps 3 --threads 1").splitlines()
+    head, _, *table = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)
+    assert head[:7] == ["N", "elements", "CD", "GAN", "RF", "BI", "GAN / CD"]
+    assert [row[:2] for row in table] == [[n, name] for name in dimension.SIZES for n in "25"]
+    assert all(float(x) > 0 for row in table for x in row[2:])
+    assert table[0][2:] == table[2][2:]            # with N = 2 both are the points themselves
 
 
 # ------------------------------------------------------------------------------ the paper's tables
@@ -821,12 +818,12 @@ def test_measurements_are_made_again_if_damaged_or_of_other_settings(monkeypatch
     row = {"network": "x", "nfe": 1, "seed": 0} | dict.fromkeys(evaluate.MEASURES, 0.5)
     monkeypatch.setattr(evaluate, "measure", lambda *args, **_: calls.append(args) or [row])
     reference = SimpleNamespace(name="distance", data=torch.ones(3))
-    for old, new in ("{", "["), ("rows", "row"), ("0.5", "null"), ('"n": 10', '"n": 11'), ("", ""):
+    for old, new in ("{", "["), ("rows", "row"), ('"n": 10', '"n": 11'), ("", ""):
         for _ in range(2):
             assert [row] == ablation.measured(path, "x", [1], None, reference,
                                               dict(n=10, solver="euler"), seed=0)
         file.write_text(file.read_text().replace(old, new, 1))
-    assert len(calls) == 5                         # once at first, and once after each damage
+    assert len(calls) == 4                         # once at first, and once after each damage
 
 
 def test_an_interrupted_table_goes_on_with_the_teacher_that_is_there(moons_run, monkeypatch,
@@ -995,14 +992,14 @@ def test_a_checkpoint_is_measured_on_its_own_data(moons_run):
 
 def test_speed_times_what_the_flags_say(monkeypatch):
     line = "study.speed --dataset moons --batch-size 8 --threads 1 --device cpu"
-    printed = works(line)
-    for words in ("moons, batch 8, fp32, cpu", "training iteration", "network call", "peak memory"):
+    printed = works(f"{line} --peak 1")
+    for words in ("moons, batch 8, fp32, cpu", "training iteration", "network call", "TFLOP/s",
+                  "% of 1"):
         assert words in printed
-    # a CPU that only emulates bf16, and Windows, which does not tell the memory
+    # a CPU that only emulates bf16
     monkeypatch.setattr(speed, "fast_bf16", lambda device: False)
-    monkeypatch.setattr(speed, "resource", None)
     printed = works(f"{line} --precision bf16")
-    assert "bf16 is skipped" in printed and ", fp32, cpu" in printed and "memory" not in printed
+    assert "bf16 is skipped" in printed and ", fp32, cpu" in printed
 
 
 def test_the_film(moons_run):

@@ -30,6 +30,7 @@ from config import (CAPTIONED_OFFICIAL, CIFAR10_MODELS, CIRCUMSTANCES, LATENT_SE
                     Config, field_comments, identity, make_config, section)
 from harness import UserError
 from harness.script import Parser, add_field_flags
+from running import gen
 from study import oversaturation
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,10 +38,6 @@ POINTS, IMAGES, LATENTS = (2,), (1, 8, 8), (4, 8, 8)
 SHAPES = pytest.mark.parametrize("shape", [POINTS, IMAGES, LATENTS], ids=str)
 METRICS = pytest.mark.parametrize("metric", ["pseudo-huber", "l2"])
 B = 6
-
-
-def gen(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def draws(seed=0):

@@ -482,9 +482,9 @@ def nan_from(function, step):
     return lambda *args: function(*args) * (float("nan") if next(calls) >= step else 1.0)
 
 
-@pytest.mark.parametrize("name, term", [("reflow_loss", "rf"), ("discriminator_loss", "disc"),
-                                        ("generator_loss", "gan"), ("consistency_loss", "cd")])
-@pytest.mark.parametrize("every", [2, 50])
+@pytest.mark.parametrize("name, term, every", [
+    ("reflow_loss", "rf", 2), ("discriminator_loss", "disc", 2), ("generator_loss", "gan", 2),
+    ("consistency_loss", "cd", 2), ("consistency_loss", "cd", 50)])
 def test_a_loss_that_is_not_finite(name, term, every, moons, monkeypatch, no_pictures):
     monkeypatch.setattr(train, name, nan_from(getattr(losses, name), 8))
     refused(f"train.py {MOONS} --out new --log-every {every} --save-every 3",
@@ -570,8 +570,8 @@ def flip(path):
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("damage", [half, flip, Path.unlink], ids=["cut", "changed", "gone"])
-@pytest.mark.parametrize("stage", ["teacher", "student"])
+@pytest.mark.parametrize("stage, damage", [
+    ("student", half), ("student", flip), ("student", Path.unlink), ("teacher", half)])
 def test_the_last_but_one_state_is_kept_and_taken_if_the_last_is_not_whole(
         stage, damage, finished_run, monkeypatch, no_pictures):
     interrupted(f"train.py {MOONS} --save-every 4", stage, 10, monkeypatch)
@@ -797,7 +797,7 @@ def test_ctrl_c_of_a_real_process():
     wait_for(Path("runs/moons/teacher_resume.pt"), started.poll)
     refused(f"train.py {MOONS}", "another process is training in runs/moons", str(started.pid))
     started.send_signal(signal.SIGINT)
-    out, err = started.communicate(timeout=60)
+    out, err = started.communicate(timeout=180)
     assert started.returncode == 130 and "--resume" in err and "Traceback" not in err, err
 
 
@@ -900,7 +900,7 @@ def test_an_odd_environment():
     ended = subprocess.run(
         f"{shlex.quote(sys.executable)} {REPO / 'train.py'} {MOONS} 2>&-", shell=True, text=True,
         env=os.environ | dict(PYTHONOPTIMIZE="2", MPLBACKEND="rubbish", RANK="abc"),
-        stdout=subprocess.PIPE, timeout=60)
+        stdout=subprocess.PIPE, timeout=180)
     assert ended.returncode == 0 and "wrote: runs/moons/student.pt" in ended.stdout
     assert len(rows("runs/moons/log.csv")) == 6
 
@@ -1233,6 +1233,8 @@ def test_the_readmes_commands(mnist_dir, faces_dir, taef2_files, monkeypatch):
     monkeypatch.setattr(features, "mnist_classifier",
                         lambda *args, **more: features.Classifier().eval())
     monkeypatch.setattr(features, "inception", lambda device: lambda x: x.flatten(2).mean(2))
+    # other tests look at the pictures of runs
+    monkeypatch.setattr("harness.run.Run.pictures", lambda run, kind: [])
     Path("my_features.py").write_text("def embed(x):\n    return x.flatten(1)[:, :8]\n")
     copy_faces(faces_dir, 16, "MY_PHOTOS")
 

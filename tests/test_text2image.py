@@ -615,9 +615,8 @@ def test_prompts_come_from_lines_or_pairs():
             sample.read_prompts(name)
 
 
-def test_the_commands_of_the_page(pipelines, small_clip, monkeypatch):
+def test_the_commands_of_the_page(pipelines, small_clip, no_pictures):
     """Every command of docs/text-to-image.md, with other names and flags that make it small."""
-    monkeypatch.setattr("harness.run.Run.strips", lambda run, path, dataset: path.touch())
     of_tars(Path("SHARDS")), of_texts(Path("COCO/val2014"))
     Path("prompts.txt").write_text("\n".join(text for _, text in SAMPLES.values()))
     Path("own.py").write_text("def few(x): return x[:, :, ::16, ::16].flatten(1)[:, :5]\n")
@@ -674,6 +673,6 @@ def test_a_run_goes_on_when_its_pipeline_has_moved(pipelines, images, no_picture
     assert read("run/student.pt")["config"]["teacher_checkpoint"] == str(Path("there").absolute())
 
 
-def test_the_teacher_by_a_command_of_its_own(pipelines, images):
+def test_the_teacher_by_a_command_of_its_own(pipelines, images, no_pictures):
     works(f"teacher.py {RUN} --precision fp32 --teacher-checkpoint {pipelines}/sd")
     assert read("runs/captioned/teacher.pt")["shape"] == (4, 8, 8)

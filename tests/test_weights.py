@@ -34,7 +34,7 @@ def test_they_are_drawn_where_nothing_was_trained(dataset):
     assert sorted(saved.SHIPPED.rglob("*")) == before
 
 
-def test_the_users_own_student_comes_first():
+def test_the_users_own_student_comes_first(no_pictures):
     works("train.py --channels 8 --blocks 1 --steps 2 --teacher-steps 2 --lr-warmup 1 --threads 1")
     assert "from runs/checkerboard/student.pt" in works("sample.py --nfe 1 --threads 1")
 
