@@ -15,7 +15,8 @@ from typing import Literal
 from harness import UserError
 
 POINT_SETS = ("8gaussians", "moons", "checkerboard", "spirals")
-LATENT_SETS = ("celebahq", "folder", "captioned")      # images that an autoencoder encodes first
+UNCAPTIONED_SETS = ("celebahq", "folder")
+LATENT_SETS = (*UNCAPTIONED_SETS, "captioned")         # images that an autoencoder encodes first
 CAPTION_SETS = ("captions", "captions-digits")         # text to image, drawn on the fly
 DATASETS = (*POINT_SETS, "mnist", "cifar10", *CAPTION_SETS, *LATENT_SETS)
 LATENT_DOWNSAMPLING = 8                                # 8 x 8 pixels become one latent position

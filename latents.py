@@ -31,7 +31,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 import vae
-from config import LATENT_DOWNSAMPLING, MACHINE, make_config
+from config import LATENT_DOWNSAMPLING, MACHINE, UNCAPTIONED_SETS, make_config
 from harness import UserError, first_line
 from harness.checkpoint import fingerprint, locked, no_room, write_text
 from harness.machine import FIRST, choose_device, moved, start, wait, wants_bf16
@@ -588,7 +588,7 @@ def fidelity(images, latents, size, n):
 
 def main(argv=None):
     parser = make_parser(__doc__)
-    parser.add_argument("--dataset", choices=("celebahq", "folder"), default="folder",
+    parser.add_argument("--dataset", choices=UNCAPTIONED_SETS, default="folder",
                         help="[%(default)s]")
     parser.add_argument("--n", type=int, default=100, help="how many of them are decoded again "
                         "[%(default)s]")
