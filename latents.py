@@ -34,6 +34,7 @@ import vae
 from config import LATENT_DOWNSAMPLING, MACHINE, UNCAPTIONED_SETS, make_config
 from harness import UserError, first_line
 from harness.checkpoint import fingerprint, locked, no_room, write_text
+from harness.hub import package
 from harness.machine import FIRST, choose_device, moved, start, wait, wants_bf16
 from harness.pictures import from_uint8
 from harness.script import add_field_flags, given_flags, make_parser, run_script
@@ -174,11 +175,7 @@ def images_of_tables(path, names):
 
 def hugging_face():
     """The package datasets, without its own error messages and progress bars."""
-    try:
-        import datasets
-    except ImportError as e:
-        raise UserError("parquet files and --download need the package datasets; install it by "
-                        "pip install datasets") from e
+    datasets = package("datasets")
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     datasets.disable_progress_bars()
     return datasets

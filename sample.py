@@ -4,7 +4,6 @@ Sampling goes from noise at t = 1 to data at t = 0; NFE counts the calls of the 
 """
 
 import argparse
-import textwrap
 from pathlib import Path
 
 import torch
@@ -176,7 +175,7 @@ def by_prompt(path, cfg, columns, shape, prompts=(), seed=0, device="cpu", solve
     y = conditions_of(cfg, prompts=prompts)(len(prompts))
     cells = [decode(draw(network, shape, len(prompts), steps, seed, solver, device=device,
                          first=first, y=y)) for _, network, steps, first in columns]
-    rows = [("\n".join(textwrap.wrap(prompt, 20)) or "(empty)", "student", row)
+    rows = [(prompt.strip() or "(empty)", "student", row)
             for prompt, row in zip(prompts, zip(*cells))]
     return pictures.grid(path, rows, [head for head, *_ in columns], title)
 

@@ -286,8 +286,9 @@ def same_architecture(cfg, given, other, path):
     """cfg with the network of another Config; UserError if a given flag says otherwise."""
     named = ARCHITECTURE if "model" in given else [n for n in ARCHITECTURE if n in given]
     if clash := differences(cfg, other, named):
+        flags = "--model" if "model" in given else "these flags"
         raise UserError(f"{path} holds a network of another architecture: {clash}; "
-                        "leave these flags out, or name another checkpoint")
+                        f"leave {flags} out, or name another checkpoint")
     return replace(cfg, **{name: getattr(other, name) for name in ARCHITECTURE})
 
 

@@ -30,7 +30,7 @@ import sample
 import teacher
 import train
 from config import make_config
-from harness import UserError, checkpoint, log, machine, pictures
+from harness import UserError, checkpoint, log, machine, pictures, script
 from running import (Mischief, call, copy_faces, files, half, is_picture, read, refused, rows,
                      same, works)
 from study import features
@@ -103,6 +103,12 @@ def test_points_end_to_end(finished_run, moons):
     command = last.split("next: python ")[1]
     wrote = re.search(r"wrote (\S+\.png)", works(command))[1]
     assert is_picture(wrote)
+
+
+def test_the_next_command_works_from_any_folder(monkeypatch):
+    for folder in ("", "DIR/"):
+        monkeypatch.setattr(sys, "argv", [f"{folder}train.py"])
+        assert script.command("sample.py") == f"python {folder}sample.py"
 
 
 def test_the_student_file_alone_can_be_sampled(moons):
@@ -219,6 +225,8 @@ BAD = [
     ("sample.py --dataset spirals", "no student of spirals", "train.py --dataset spirals"),
     ("sample.py --checkpoint bad/cut.pt --teacher", "bad/teacher.pt"),
     ("train.py --dataset moons --out new --teacher-checkpoint no.pt", "no.pt"),
+    ("train.py --dataset folder --model tiny --teacher-checkpoint runs/moons/teacher.pt",
+     "--mult", "leave --model out"),
     ("train.py --dataset moons --out new --teacher-checkpoint runs/moons/student.pt",
      "student.pt", "teacher"),
     (f"train.py {MOONS} --out new --channels 24 --teacher-checkpoint runs/moons/teacher.pt",
@@ -740,9 +748,11 @@ def test_a_measurement_that_is_not_possible_is_refused_before_anything_is_replac
     def impossible(*args):
         raise UserError("no features")
 
+    interrupted(f"train.py {MOONS} --seed 5 --out new", "teacher", 6, monkeypatch)
     monkeypatch.setattr("evaluate.Reference", impossible)
     before = files()
     refused(f"train.py {MOONS} --overwrite --lr 0.003 --eval-every 6", "no features")
+    refused("train.py --dataset moons --out new --resume --eval-every 6", "no features")
     assert files() == before
 
 
@@ -1114,6 +1124,15 @@ def test_pictures_of_samples(moons):
     assert "new/one.png" in works("sample.py --nfe 2 --n 100 --out new/one")
     for path in (*where.iterdir(), Path("new/one.png")):
         assert is_picture(path)
+
+
+def test_long_labels_are_wrapped_and_do_not_touch_the_edge(monkeypatch):
+    monkeypatch.setattr(pictures, "write", lambda fig, path: fig)
+    label = "the same, sampled guided, 2 calls per step"
+    fig = pictures.grid("a.png", [(label, "student", [torch.zeros(5, 2)] * 3)])
+    fig.canvas.draw()
+    box = fig.axes[0].yaxis.label.get_window_extent()
+    assert box.x0 > 5 and box.width < 150
 
 
 def test_trajectories(moons, monkeypatch):
