@@ -72,8 +72,6 @@ class ImageFiles:
 def open_images(cfg):
     """The ImageFiles that --data-dir names, downloaded first with --download; UserError if none."""
     path = Path(cfg.data_dir)
-    if cfg.download and cfg.dataset != "celebahq":
-        raise UserError("--download is for celebahq alone; leave it out")
     if not cfg.data_dir:
         raise UserError(f"--dataset {cfg.dataset} needs --data-dir; {ADVICE}")
     if cfg.download:
@@ -407,22 +405,24 @@ def rows_in(path, row):
     return array
 
 
-def class_names(images):
-    """The classes of images: their sub-folders, sorted, as torchvision's ImageFolder has them.
-
-    Raises UserError if an image lies in no sub-folder.
-    """
-    parts = [re.split(r"[/\\]", name) for name, _ in images.files]
-    if outside := [names[0] for names in parts if len(names) == 1]:
+def class_of(name):
+    """The class of an image: its sub-folder; UserError if it lies in none."""
+    folder, *inside = re.split(r"[/\\]", name)
+    if not inside:
         raise UserError(f"--condition class takes the sub-folders of --data-dir as classes, and "
-                        f"{printable(outside[0])} lies in none")
-    return sorted({names[0] for names in parts})
+                        f"{printable(name)} lies in none")
+    return folder
+
+
+def class_names(images):
+    """The classes of images, sorted, as torchvision's ImageFolder has them."""
+    return sorted({class_of(name) for name, _ in images.files})
 
 
 def labels_of(images, path):
     """The class of each row of a file of latents, int64 (N,)."""
     number, skipped = {name: i for i, name in enumerate(class_names(images))}, skipped_in(path)
-    return torch.tensor([number[re.split(r"[/\\]", name)[0]] for name, _ in images.files
+    return torch.tensor([number[class_of(name)] for name, _ in images.files
                          if name not in skipped])
 
 

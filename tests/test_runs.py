@@ -30,7 +30,8 @@ import sample
 import teacher
 import train
 from config import make_config
-from harness import UserError, checkpoint, log, machine, pictures, script
+from harness import UserError, checkpoint, log, machine, pictures
+from harness.script import command
 from running import (Mischief, call, copy_faces, files, half, is_picture, read, refused, rows,
                      same, works)
 from study import features
@@ -108,7 +109,7 @@ def test_points_end_to_end(finished_run, moons):
 def test_the_next_command_works_from_any_folder(monkeypatch):
     for folder in ("", "DIR/"):
         monkeypatch.setattr(sys, "argv", [f"{folder}train.py"])
-        assert script.command("sample.py") == f"python {folder}sample.py"
+        assert command("sample.py") == f"python {folder}sample.py"
 
 
 def test_the_student_file_alone_can_be_sampled(moons):
@@ -188,6 +189,8 @@ BAD = [
     ("train.py --t-trunc 2", "--t-trunc 2", "between 0 and 1"),
     ("train.py --mu 1", "--mu 1", "below 1"),
     ("train.py --lr nan", "--lr nan"),
+    ("train.py --lr inf", "--lr inf", "larger than 0, and finite"),
+    ("train.py --dataset moons --preset official", "moons has neither --model nor --preset"),
     ("train.py --l-gan inf", "--l-gan inf", "finite"),
     (f"train.py --seed {2**31}", f"--seed {2**31}", "2^31"),
     (f"train.py --batch-size {10**24}", "--batch-size 1", "2^31"),
@@ -204,7 +207,7 @@ BAD = [
     ("sample.py --n 200000", "--n 200000", "--npz"),
     (f"sample.py --seed {2**31}", "--seed", "2^31"),
     ("sample.py --solver heun --nfe 3 4", "--nfe", "odd", "4 is even"),
-    ("sample.py --solver heun --nfe 3 --stochastic", "--stochastic", "heun"),
+    ("sample.py --solver heun --nfe 3 --stochastic", "--stochastic", "--solver"),
     ("sample.py --npz raw.npz --nfe 1 2", "--npz", "one --nfe"),
     ("sample.py --npz raw.npz --nfe 1 --trajectory", "--npz", "--trajectory"),
     # --npz replaces nothing but another .npz

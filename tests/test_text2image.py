@@ -567,7 +567,7 @@ def test_what_sampling_refuses_and_says(pipelines, images, no_pictures):
     refused(line, "/gone/sd", "--teacher-checkpoint")
     works(f"{line} --teacher-checkpoint {pipelines}/sd")
     for flags, *named in (("--teacher-checkpoint ''", "--teacher-checkpoint"),
-                          ("--prompts ''", "--prompts"), ("--prompt a --prompts b", "exclude"),
+                          ("--prompts ''", "--prompts"), ("--prompt a --prompts b", "not allowed"),
                           ("--teacher-checkpoint nowhere", "nowhere", "hub")):
         refused(f"{line} {flags}", *named)
     refused("sample.py --checkpoint images --nfe 1", "images", "unet/config.json")
