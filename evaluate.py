@@ -422,9 +422,9 @@ def parse(parser, argv, names, seeds, out):
 
 def prepare(cfg, shape, device, n=None, solver="euler", features=None, batch=None, paper=False,
             prompts=(), clip_model=None):
-    """(Reference, other arguments of `measure`, the teacher's best NFE); most are flags of parse.
+    """(Reference, other arguments of `measure`, the NFE at which a teacher is at its best).
 
-    The best NFE is larger than the students': there a teacher is measured, too.
+    Arguments that are left out have the defaults of the command line.
     """
     if paper and cfg.dataset not in UNCAPTIONED_SETS:
         raise UserError(f"--protocol paper is for {' and '.join(UNCAPTIONED_SETS)}, not for "
@@ -543,9 +543,9 @@ def main(argv=None):
         print(f"{paths[0]} was trained on other data than those in {cfg.data_dir}, which it is "
               "now compared with")
 
-    reference, settings, best = prepare(cfg, content["shape"], choose_device(cfg), args.n,
-                                        args.solver, args.features, args.batch,
-                                        args.protocol == "paper", args.prompts, args.clip)
+    reference, settings, best = prepare(
+        cfg, content["shape"], choose_device(cfg), args.n, args.solver, args.features, args.batch,
+        paper=args.protocol == "paper", prompts=args.prompts, clip_model=args.clip)
     rows = []
     for seed in range(args.seed, args.seed + args.seeds):
         for networks, nfes in ((teachers, {*args.nfe, best}), (students, args.nfe)):

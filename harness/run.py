@@ -451,7 +451,8 @@ class Run:
         self.save_ema(self.path(kind), kind, ema, steps)
         if FIRST:
             self.resume_files(kind)[1].unlink(missing_ok=True)
-        self.pictures(kind)
+        with unimportant():
+            self.pictures(kind)
         self.begun = time.perf_counter()           # of the student, after its teacher
         return self.path(kind)
 

@@ -229,7 +229,7 @@ BAD = [
     ("sample.py --checkpoint bad/cut.pt --teacher", "bad/teacher.pt"),
     ("train.py --dataset moons --out new --teacher-checkpoint no.pt", "no.pt"),
     ("train.py --dataset folder --model tiny --teacher-checkpoint runs/moons/teacher.pt",
-     "--mult", "leave --model out"),
+     "--channels 40 (not 16)", "leave --model out"),
     ("train.py --dataset moons --out new --teacher-checkpoint runs/moons/student.pt",
      "student.pt", "teacher"),
     (f"train.py {MOONS} --out new --channels 24 --teacher-checkpoint runs/moons/teacher.pt",
@@ -1037,6 +1037,12 @@ def test_a_folder_with_the_name_of_a_file(name, finished_run):
     shutil.copy(finished_run.folder / "teacher.pt", "new")
     refused(f"train.py {MOONS} --out new", f"new/{name}")
     assert Path("new/student.pt").is_file() == (name == "losses.png")
+
+
+def test_a_picture_of_the_teacher_that_cannot_be_written_does_not_stop_the_student():
+    Path("new/teacher_losses.png").mkdir(parents=True)
+    assert "teacher_losses.png is a folder; name a .png file; training goes on" in works(
+        f"train.py {MOONS} --out new")
 
 
 def test_a_flipped_bit_is_noticed(moons):
