@@ -314,7 +314,8 @@ class Run:
             if checkpoint.differences(older, saved, identity(cfg, "teacher")):
                 raise UserError(f"{own} is another teacher than {path}; --overwrite replaces it, "
                                 "another --out keeps both")
-        self.discard_older()
+        if cfg.overwrite:
+            self.discard_older()
         more = {name: content[name] for name in ("data", "seconds") if name in content}
         checkpoint.save(own, "teacher", saved, content["shape"], content["step"],
                         ema=content["ema"], **more)
