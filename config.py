@@ -15,7 +15,8 @@ from typing import Literal
 from harness import UserError
 
 POINT_SETS = ("8gaussians", "moons", "checkerboard", "spirals")
-LATENT_SETS = ("celebahq", "folder", "captioned")      # images that an autoencoder encodes first
+UNCAPTIONED_SETS = ("celebahq", "folder")
+LATENT_SETS = (*UNCAPTIONED_SETS, "captioned")         # images that an autoencoder encodes first
 CAPTION_SETS = ("captions", "captions-digits")         # text to image, drawn on the fly
 DATASETS = (*POINT_SETS, "mnist", "cifar10", *CAPTION_SETS, *LATENT_SETS)
 LATENT_DOWNSAMPLING = 8                                # 8 x 8 pixels become one latent position
@@ -261,8 +262,7 @@ def make_config(dataset=Config.dataset, **given):
     elif dataset == "cifar10":
         settings |= cifar10_settings(**given)
     elif given.get("model") or given.get("preset"):
-        raise UserError(f"--model and --preset are for {' and '.join(LATENT_SETS)}; {dataset} has "
-                        "one preset of its own")
+        raise UserError(f"{dataset} has neither --model nor --preset; leave them out")
     cfg = Config(**{**settings, **{k: v for k, v in given.items() if k not in ("model", "preset")}})
 
     if cfg.method != "scflow":
@@ -375,8 +375,8 @@ def complaint(name, kind, value):
         return ""
     low = 1 if name in AT_LEAST_1 else 0
     if not math.isfinite(value) or value < low or value == 0 and name in POSITIVE:
-        return "larger than 0" if name in POSITIVE else f"at least {low}" + (
-            "" if kind is int else ", and finite")
+        least = "larger than 0" if name in POSITIVE else f"at least {low}"
+        return least + ("" if kind is int else ", and finite")
     # PyTorch's generators take 32 bits of a seed, and no machine has so many of anything else
     if kind is int and value >= (1024 if name == "threads" else 2**31):
         return f"below {'1024' if name == 'threads' else '2^31'}"
@@ -402,6 +402,4 @@ def run_dir(cfg):
 def known_fields(settings):
     """Those entries of a dictionary that are fields of Config, lists as tuples."""
     names = {f.name for f in fields(Config)}
-    if "lr_final" in settings:                         # older files: of the teacher's rate, too
-        settings = {"teacher_lr_final": settings["lr_final"], **settings}
     return {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items() if k in names}

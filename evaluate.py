@@ -7,7 +7,6 @@ Also precision and recall, how far few steps end from one step, the spread, and 
 import json
 import math
 import statistics
-import sys
 import time
 from dataclasses import replace
 from functools import reduce
@@ -20,8 +19,8 @@ from tqdm import tqdm
 
 import data
 import sample
-from config import (CAPTION_SETS, CLASSES, DATASETS, LATENT_SETS, MACHINE, POINT_SETS, identity,
-                    make_config)
+from config import (CAPTION_SETS, CLASSES, DATASETS, LATENT_SETS, MACHINE, POINT_SETS,
+                    UNCAPTIONED_SETS, identity, make_config)
 from harness import UserError, machine
 from harness.checkpoint import differences, write_text
 from harness.machine import choose_device
@@ -421,28 +420,28 @@ def parse(parser, argv, names, seeds, out):
     return args
 
 
-def prepare(args, cfg, shape, network):
-    """(Reference, other arguments of `measure`, the teacher's NFEs), from the command line.
+def prepare(cfg, shape, device, n=None, solver="euler", features=None, batch=None, paper=False,
+            prompts=(), clip_model=None):
+    """(Reference, other arguments of `measure`, the NFE at which a teacher is at its best).
 
-    A teacher is measured at the students' NFEs, and at a larger one, at which it is at its best.
+    Arguments that are left out have the defaults of the command line.
     """
-    device, paper = next(network.parameters()).device, getattr(args, "protocol", "") == "paper"
-    if paper and cfg.dataset not in ("celebahq", "folder"):
-        raise UserError(f"--protocol paper is for celebahq and folder, not for {cfg.dataset}")
-    n, best = ((50_000, 100) if cfg.dataset in POINT_SETS else
-               (PAPER_SAMPLES if paper else 5_000, 50) if cfg.dataset in LATENT_SETS else
-               (50_000 if cfg.dataset == "cifar10" else 2_000, 50))
-    n, best = args.n or n, best - (args.solver == "heun")      # Heun takes an odd number
+    if paper and cfg.dataset not in UNCAPTIONED_SETS:
+        raise UserError(f"--protocol paper is for {' and '.join(UNCAPTIONED_SETS)}, not for "
+                        f"{cfg.dataset}")
+    usual, best = ((50_000, 100) if cfg.dataset in POINT_SETS else
+                   (PAPER_SAMPLES if paper else 5_000, 50) if cfg.dataset in LATENT_SETS else
+                   (50_000 if cfg.dataset == "cifar10" else 2_000, 50))
+    n, best = n or usual, best - (solver == "heun")            # Heun takes an odd number
     machine.start(device)
-    reference = Reference(cfg, n, args.features, device, paper)
+    reference = Reference(cfg, n, features, device, paper)
     y = reference.scenes.questions(n) if reference.scenes else sample.conditions_of(
-        cfg, prompts=getattr(args, "prompts", ()))(n)
-    settings = dict(shape=tuple(shape), n=n, solver=args.solver, device=device, y=y,
-                    batch=args.batch or sample.at_a_time(cfg.dataset),
-                    decode=sample.open_decoder(cfg))
-    if getattr(args, "clip", None):
-        reference.right = clip.Score(args.clip, device)
-    return reference, settings, sorted({*args.nfe, best})
+        cfg, prompts=prompts)(n)
+    settings = dict(shape=tuple(shape), n=n, solver=solver, device=device, y=y,
+                    batch=batch or sample.at_a_time(cfg.dataset), decode=sample.open_decoder(cfg))
+    if clip_model:
+        reference.right = clip.Score(clip_model, device)
+    return reference, settings, best
 
 
 def add_sample_flags(group, parser):
@@ -509,10 +508,6 @@ def of_samples(args):
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    for name in ("ablation", "speed"):
-        if any(word.split("=")[0] == f"--{name}" for word in argv):
-            raise UserError(f"--{name} has become a command of its own: python -m study.{name}")
     parser = make_parser(__doc__)
     group = parser.add_argument_group("what is measured")
     group.add_argument("--checkpoint", nargs="+", metavar="FILE", help="students to measure, with "
@@ -548,10 +543,12 @@ def main(argv=None):
         print(f"{paths[0]} was trained on other data than those in {cfg.data_dir}, which it is "
               "now compared with")
 
-    reference, settings, teacher_nfes = prepare(args, cfg, content["shape"], students[0][1])
+    reference, settings, best = prepare(
+        cfg, content["shape"], choose_device(cfg), args.n, args.solver, args.features, args.batch,
+        paper=args.protocol == "paper", prompts=args.prompts, clip_model=args.clip)
     rows = []
     for seed in range(args.seed, args.seed + args.seeds):
-        for networks, nfes in ((teachers, teacher_nfes), (students, args.nfe)):
+        for networks, nfes in ((teachers, {*args.nfe, best}), (students, args.nfe)):
             for name, network in networks:
                 rows += measure(name, network, nfes, reference, seed=seed, **settings)
     shown = [row | {"network": "teachers" if row["network"].startswith("teacher") else "students"}

@@ -31,9 +31,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 import vae
-from config import LATENT_DOWNSAMPLING, MACHINE, make_config
+from config import LATENT_DOWNSAMPLING, MACHINE, UNCAPTIONED_SETS, make_config
 from harness import UserError, first_line
 from harness.checkpoint import fingerprint, locked, no_room, write_text
+from harness.hub import package
 from harness.machine import FIRST, choose_device, moved, start, wait, wants_bf16
 from harness.pictures import from_uint8
 from harness.script import add_field_flags, given_flags, make_parser, run_script
@@ -71,8 +72,6 @@ class ImageFiles:
 def open_images(cfg):
     """The ImageFiles that --data-dir names, downloaded first with --download; UserError if none."""
     path = Path(cfg.data_dir)
-    if cfg.download and cfg.dataset != "celebahq":
-        raise UserError("--download is for celebahq alone; leave it out")
     if not cfg.data_dir:
         raise UserError(f"--dataset {cfg.dataset} needs --data-dir; {ADVICE}")
     if cfg.download:
@@ -174,11 +173,7 @@ def images_of_tables(path, names):
 
 def hugging_face():
     """The package datasets, without its own error messages and progress bars."""
-    try:
-        import datasets
-    except ImportError as e:
-        raise UserError("parquet files and --download need the package datasets; install it by "
-                        "pip install datasets") from e
+    datasets = package("datasets")
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     datasets.disable_progress_bars()
     return datasets
@@ -410,22 +405,24 @@ def rows_in(path, row):
     return array
 
 
-def class_names(images):
-    """The classes of images: their sub-folders, sorted, as torchvision's ImageFolder has them.
-
-    Raises UserError if an image lies in no sub-folder.
-    """
-    parts = [re.split(r"[/\\]", name) for name, _ in images.files]
-    if outside := [names[0] for names in parts if len(names) == 1]:
+def class_of(name):
+    """The class of an image: its sub-folder; UserError if it lies in none."""
+    folder, *inside = re.split(r"[/\\]", name)
+    if not inside:
         raise UserError(f"--condition class takes the sub-folders of --data-dir as classes, and "
-                        f"{printable(outside[0])} lies in none")
-    return sorted({names[0] for names in parts})
+                        f"{printable(name)} lies in none")
+    return folder
+
+
+def class_names(images):
+    """The classes of images, sorted, as torchvision's ImageFolder has them."""
+    return sorted({class_of(name) for name, _ in images.files})
 
 
 def labels_of(images, path):
     """The class of each row of a file of latents, int64 (N,)."""
     number, skipped = {name: i for i, name in enumerate(class_names(images))}, skipped_in(path)
-    return torch.tensor([number[re.split(r"[/\\]", name)[0]] for name, _ in images.files
+    return torch.tensor([number[class_of(name)] for name, _ in images.files
                          if name not in skipped])
 
 
@@ -588,7 +585,7 @@ def fidelity(images, latents, size, n):
 
 def main(argv=None):
     parser = make_parser(__doc__)
-    parser.add_argument("--dataset", choices=("celebahq", "folder"), default="folder",
+    parser.add_argument("--dataset", choices=UNCAPTIONED_SETS, default="folder",
                         help="[%(default)s]")
     parser.add_argument("--n", type=int, default=100, help="how many of them are decoded again "
                         "[%(default)s]")

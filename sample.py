@@ -4,7 +4,6 @@ Sampling goes from noise at t = 1 to data at t = 0; NFE counts the calls of the 
 """
 
 import argparse
-import textwrap
 from pathlib import Path
 
 import torch
@@ -15,7 +14,7 @@ from config import DATASETS, LATENT_DOWNSAMPLING, LATENT_SETS, MACHINE, flag, wo
 from harness import UserError, machine, pictures
 from harness.saved import (at_a_time, conditions_of, examples, find_student, home_of, npz_name,
                            open_decoder, open_network, png_folder, read_prompts, same, save_npz,
-                           save_pngs, unconditional)
+                           save_pngs)
 from harness.script import add_field_flags, given_flags, make_parser, run_script
 from losses import expand, interpolate
 from model import Guided
@@ -136,7 +135,7 @@ def calls(network):
 
 
 def strips(path, networks, shape, nfes, seed=0, device="cpu", solver="euler", data=None, title=None,
-           columns=10, decode=same, across=False, conditions=unconditional):
+           columns=10, decode=same, across=False, conditions=lambda n: None):
     """Figure 5: the same noise at every NFE. networks is [(name, network, its NFEs or None), ...].
 
     Points: one row per network and one panel per NFE; `across` transposes this (the paper's
@@ -176,7 +175,7 @@ def by_prompt(path, cfg, columns, shape, prompts=(), seed=0, device="cpu", solve
     y = conditions_of(cfg, prompts=prompts)(len(prompts))
     cells = [decode(draw(network, shape, len(prompts), steps, seed, solver, device=device,
                          first=first, y=y)) for _, network, steps, first in columns]
-    rows = [("\n".join(textwrap.wrap(prompt, 20)) or "(empty)", "student", row)
+    rows = [(prompt.strip() or "(empty)", "student", row)
             for prompt, row in zip(prompts, zip(*cells))]
     return pictures.grid(path, rows, [head for head, *_ in columns], title)
 
@@ -191,7 +190,7 @@ def columns_of(network, nfes, n, prompts):
 
 
 def trajectory(file, networks, shape, nfe, seed=0, device="cpu", solver="euler", title=None,
-               decode=same, conditions=unconditional):
+               decode=same, conditions=lambda n: None):
     """Figures 4 and 7: zt and its z0-prediction along the path; for points the paths themselves."""
     rows, n = [], 2000 if len(shape) == 1 else 2
     for name, network in networks:
@@ -209,7 +208,7 @@ def trajectory(file, networks, shape, nfe, seed=0, device="cpu", solver="euler",
 
 
 def film(file, teacher, student, shape, seed=0, device="cpu", title=None, n=2500,
-         conditions=unconditional):
+         conditions=lambda n: None):
     """A GIF of points on their way: the teacher in 50 steps, the student in 1, 2 and 4."""
     panels = []
     for name, network, nfe in [("teacher", teacher, 50),
@@ -235,8 +234,6 @@ def check_flags(args, **least):
         names = getattr(args, name, None)
         if names == "" or isinstance(names, list) and "" in names:
             raise UserError(f"{flag(name)} takes the name of a file, not an empty text")
-    if getattr(args, "prompt", None) and args.prompts:
-        raise UserError("--prompt and --prompts exclude each other; leave one out")
     if args.solver == "heun":
         for nfe in args.nfe:
             heun_steps(nfe)
@@ -261,36 +258,34 @@ def parse(argv=None):
     how.add_argument("--seed", type=int, default=0, help="of the noise, which all NFE share [0]")
     how.add_argument("--class", type=int, nargs="+", dest="classes", metavar="K",
                      help="a conditional network: the classes to draw, in turn [all]")
-    how.add_argument("--prompt", nargs="+", metavar="TEXT", help="captions, captioned: what to "
-                     "draw, in turn, as 'a red ring' [examples]; '' is the null condition")
-    how.add_argument("--prompts", metavar="FILE", help="prompts from a file, one per line")
+    texts = how.add_mutually_exclusive_group()
+    texts.add_argument("--prompt", nargs="+", metavar="TEXT", help="captions, captioned: what to "
+                       "draw, in turn, as 'a red ring' [examples]; '' is the null condition")
+    texts.add_argument("--prompts", metavar="FILE", help="prompts from a file, one per line")
     how.add_argument("--guidance", type=float, metavar="W", help="a conditional teacher: guide it "
                      "(Eq. 3). W = 1 is off; any other W makes --nfe steps of two calls each [1]")
-    how.add_argument("--solver", choices=("euler", "heun"), default="euler",
-                     help="heun is of second order and takes an odd NFE [euler]")
-    how.add_argument("--stochastic", action="store_true",
-                     help="predict z0, mix in fresh noise, repeat, as consistency models do")
+    solver = how.add_mutually_exclusive_group()
+    solver.add_argument("--solver", choices=("euler", "heun"), default="euler",
+                        help="heun is of second order and takes an odd NFE [euler]")
+    solver.add_argument("--stochastic", dest="solver", action="store_const", const="stochastic",
+                        help="predict z0, mix in fresh noise, repeat, as consistency models do")
     how.add_argument("--batch", type=int, help="at a time [1000 points, 500 images, 64 latents]")
     output = parser.add_argument_group("what is written")
-    output.add_argument("--trajectory", action="store_true", help="zt and z0-predictions along the "
-                        "path (Figure 4: --nfe 10; Figure 7: --nfe 4 --no-teacher)")
-    output.add_argument("--gif", action="store_true", help="points: a film of teacher (50 NFE) and "
-                        "student (1, 2, 4 NFE); --nfe is ignored")
-    output.add_argument("--npz", metavar="FILE", help="raw samples, arr_0, instead of a picture")
-    output.add_argument("--png", metavar="FOLDER", help="each sample as a .png of its own")
+    kind = output.add_mutually_exclusive_group()
+    kind.add_argument("--trajectory", action="store_true", help="zt and z0-predictions along the "
+                      "path (Figure 4: --nfe 10; Figure 7: --nfe 4 --no-teacher)")
+    kind.add_argument("--gif", action="store_true", help="points: a film of teacher (50 NFE) and "
+                      "student (1, 2, 4 NFE); --nfe is ignored")
+    kind.add_argument("--npz", metavar="FILE", help="raw samples, arr_0, instead of a picture")
+    kind.add_argument("--png", metavar="FOLDER", help="each sample as a .png of its own")
     output.add_argument("--out", metavar="FILE", help="the picture [samples/ beside the "
                         "checkpoint]")
     add_field_flags(parser, (*MACHINE, "vae_weights", "teacher_checkpoint"))
     args = parser.parse_args(argv)
     check_flags(args, nfe=1, n=1, batch=1, seed=0)
-    if args.stochastic and args.solver == "heun":
-        raise UserError("--stochastic and --solver heun exclude each other; leave one out")
     if (args.npz or args.png or args.trajectory) and len(args.nfe) > 1:
         raise UserError("--npz, --png and --trajectory take one --nfe; run them once for each")
-    if bool(args.npz) + bool(args.png) + args.trajectory + args.gif > 1:
-        raise UserError("use only one of --npz, --png, --trajectory and --gif")
     args.prompt = read_prompts(args.prompts) if args.prompts else args.prompt
-    args.solver = "stochastic" if args.stochastic else args.solver
     return args
 
 

@@ -9,7 +9,7 @@ from torch.optim import AdamW
 from data import Draws
 from harness import UserError, checkpoint, machine
 from harness.run import Run
-from harness.script import parse_config, run_script
+from harness.script import command, parse_config, run_script
 from losses import flow_matching_loss, interpolate
 from model import copy_of, ema_update, set_rates, velocity_network, with_nulls
 
@@ -75,7 +75,7 @@ def main(argv=None):
         pictures = run.pictures("teacher")
     if machine.FIRST:
         print(f"teacher: {path}   pictures: {', '.join(map(str, pictures))}   "
-              f"next: python train.py --dataset {cfg.dataset} (distils it)")
+              f"next: {command('train.py')} --dataset {cfg.dataset} (distils it)")
 
 
 if __name__ == "__main__":

@@ -59,8 +59,9 @@ def found(source):
     if Path(source).is_absolute() and not Path(source).exists():
         raise UserError(f"there is no {source}; if it has moved, name its new place by "
                         "--teacher-checkpoint")
-    pipelines, folder = library("diffusers", "transformers"), None     # of a network alone
-    with suppress(OSError, ValueError, AttributeError):        # no file, no JSON, no dictionary
+    pipelines, folder = library("diffusers", "transformers", "datasets"), None
+    # a network alone has no such file; another may hold no JSON, or no dictionary
+    with suppress(OSError, ValueError, AttributeError):
         listed = pipelines.DiffusionPipeline.load_config(source)
         folder = "transformer" if listed.get("transformer", [None])[0] else "unet"
     try:
@@ -120,7 +121,8 @@ class Texts:
     """
 
     def __init__(self, source):
-        self.tokenizer = part(library("transformers").CLIPTokenizer, source, "tokenizer")
+        self.tokenizer = part(library("transformers", "datasets").CLIPTokenizer, source,
+                              "tokenizer")
         self.length, self.told = self.tokenizer.model_max_length, False
         if self.tokenizer("a").input_ids == self.tokenizer("b").input_ids:
             raise UserError(f"the tokenizer of {source} knows no words: files of it are missing; "

@@ -14,7 +14,7 @@ from data import Draws
 from harness import machine, plan
 from harness.hub import package
 from harness.run import Run
-from harness.script import parse_config, run_script
+from harness.script import command, parse_config, run_script
 from losses import (bidirectional_loss, consistency_loss, discriminator_loss, expand,
                     generator_loss, interpolate, r1_penalty, reflow_loss, time_skip,
                     z0_prediction, z0_predictions)
@@ -181,7 +181,7 @@ def main(argv=None):
         pictures = run.pictures("student")         # also those that an interrupted run did not draw
     if machine.FIRST:
         print(f"{what}: {path}   pictures: {', '.join(map(str, pictures))}   "
-              f"next: python sample.py --checkpoint {path} --nfe 4")
+              f"next: {command('sample.py')} --checkpoint {path} --nfe 4")
 
 
 if __name__ == "__main__":

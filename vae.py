@@ -282,12 +282,10 @@ def load(name="sd", files=()):
         weights |= (sd_names if name == "sd" else tiny_names)(state)
 
     vae = build()
-    try:
-        load_weights(vae, weights, ", ".join(map(str, files or map(cached, published))))
-    except UserError as e:             # its advice is for networks that are trained here
-        raise UserError(f"{str(e).rsplit(';', 1)[0]}; it is not the {name} autoencoder: " + (
-            f"pass {originals}, or leave --vae-weights out to download it" if files else
-            "delete what is there, and it is downloaded again")) from e
+    advice = (f"pass {originals}, or leave --vae-weights out to download it" if files else
+              "delete what is there, and it is downloaded again")
+    load_weights(vae, weights, ", ".join(map(str, files or map(cached, published))),
+                 f"it is not the {name} autoencoder: {advice}")
     return vae.eval().requires_grad_(False)
 
 

@@ -235,7 +235,7 @@ def official(content):
 # ------------------------------------------------------------------------- into the run's objects
 
 
-def load_weights(network, weights, path):
+def load_weights(network, weights, path, advice=""):
     """Puts a state dict into a network, strictly; UserError if it is of another architecture."""
     expected = network.state_dict()
     missing, extra = expected.keys() - weights.keys(), weights.keys() - expected.keys()
@@ -244,10 +244,10 @@ def load_weights(network, weights, path):
         first = ", ".join(map(str, sorted([*missing, *extra, *shapes], key=str)[:3]))
         raise UserError(f"{path} holds a network of another architecture: {len(missing)} tensors "
                         f"are missing, {len(extra)} unexpected, {len(shapes)} of another shape or "
-                        f"type (first: {first}); pass the flags it was trained with")
+                        f"type (first: {first}); {advice or 'pass the flags it was trained with'}")
     if bad := [k for k, v in weights.items() if not v.isfinite().all()]:
-        raise UserError(f"{path} holds weights that are not finite (first: {bad[0]}); train again, "
-                        "or name another")
+        raise UserError(f"{path} holds weights that are not finite (first: {bad[0]}); "
+                        f"{advice or 'train again, or name another'}")
     network.load_state_dict(weights)
 
 
@@ -286,8 +286,9 @@ def same_architecture(cfg, given, other, path):
     """cfg with the network of another Config; UserError if a given flag says otherwise."""
     named = ARCHITECTURE if "model" in given else [n for n in ARCHITECTURE if n in given]
     if clash := differences(cfg, other, named):
+        flags = "--model" if "model" in given else "these flags"
         raise UserError(f"{path} holds a network of another architecture: {clash}; "
-                        "leave these flags out, or name another checkpoint")
+                        f"leave {flags} out, or name another checkpoint")
     return replace(cfg, **{name: getattr(other, name) for name in ARCHITECTURE})
 
 

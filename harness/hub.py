@@ -25,9 +25,9 @@ def package(name, *others):
 def library(name, *others):
     """The package diffusers or transformers, without its warnings and progress bars."""
     warnings.filterwarnings("ignore", module="huggingface_hub")
-    logging = package(name, *others).utils.logging
-    logging.set_verbosity_error(), logging.disable_progress_bar()
-    return package(name)
+    module = package(name, *others)
+    module.utils.logging.set_verbosity_error(), module.utils.logging.disable_progress_bar()
+    return module
 
 
 def part(kind, source, folder, **more):

@@ -5,6 +5,7 @@ import math
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -21,11 +22,9 @@ class Interrupt:
     def __enter__(self):
         self.asked, self.sent, self.before = False, None, {}
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            try:
+            with suppress(ValueError, AttributeError):         # see run_script
                 number = getattr(signal, name)
                 self.before[number] = signal.signal(number, self.ask)
-            except (ValueError, AttributeError):   # not the main thread; Windows has no SIGHUP
-                pass
         return self
 
     def now(self):

@@ -5,7 +5,7 @@
 torchrun starts the same script once per GPU and tells each process its rank. Every process makes
 the random numbers of the whole batch and takes its own slice (data.Draws). PyTorch's
 DistributedDataParallel averages the gradients, and rank 0 writes the files. So the number of
-processes does not change a run. With one process, nothing of this happens.
+processes changes a run by rounding alone. With one process, nothing of this happens.
 """
 
 import os

@@ -1,6 +1,7 @@
 """Pictures in one style. A cell is a cloud of points (n, 2) or one image (C, H, W) in [-1, 1]."""
 
 import os
+import textwrap
 from itertools import repeat, zip_longest
 from pathlib import Path
 
@@ -65,8 +66,9 @@ def draw_points(ax, z, colour):
 def grid(path, rows, columns=None, title=None):
     """Cells in labelled rows, [(label, one colour name or one per cell, [cell, ...]), ...].
 
-    A cell that is None, or missing at the end of a row, stays empty.
+    A cell that is None, or missing at the end of a row, stays empty. Long labels are wrapped.
     """
+    rows = [("\n".join(textwrap.wrap(label, 20)), *row) for label, *row in rows]
     cells = [c for _, _, row in rows for c in row if c is not None]
     points, width = cells[0].ndim == 2, max(len(row) for _, _, row in rows)
     large = not points and max(c.shape[-1] for c in cells) > 64
@@ -76,8 +78,10 @@ def grid(path, rows, columns=None, title=None):
     with plt.rc_context(STYLE):
         fig, axes = plt.subplots(len(rows), width, squeeze=False,
                                  figsize=(side * width + label_width(rows), height))
+        layout = fig.get_layout_engine()
+        layout.set(rect=(0.01, 0, 0.99, 1))        # or long labels touch the edge
         if not points:
-            fig.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0, hspace=0)
+            layout.set(w_pad=0.01, h_pad=0.01, wspace=0, hspace=0)
         for ax in axes.flat:
             frame(ax, points)
 

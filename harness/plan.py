@@ -6,7 +6,7 @@ from time import perf_counter
 
 import torch
 
-from config import LFM_TEACHER
+from config import LFM_TEACHER, UNCAPTIONED_SETS
 from data import Draws
 from harness import UserError, machine
 from harness.checkpoint import no_room
@@ -26,9 +26,9 @@ def show(run, only, begin, step):
     the disk is too small for what the run will keep.
     """
     cfg, device = run.cfg, run.device
-    if only and cfg.dataset not in ("celebahq", "folder"):
-        raise UserError("--plan is for celebahq and folder; leave it out")
-    if cfg.dataset not in ("celebahq", "folder") or cfg.resume and not only:
+    if only and cfg.dataset not in UNCAPTIONED_SETS:
+        raise UserError(f"--plan is for {' and '.join(UNCAPTIONED_SETS)}; leave it out")
+    if cfg.dataset not in UNCAPTIONED_SETS or cfg.resume and not only:
         return False
     cuda, seconds = device.type == "cuda", []
     paths = cfg.teacher_checkpoint, run.path("teacher"), Path("runs", cfg.dataset, "teacher.pt")

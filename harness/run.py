@@ -31,7 +31,6 @@ from harness.hub import package
 from harness.log import Diverged, Interrupt, Log, curves, read_rows, write_rows
 from harness.machine import FIRST
 from harness.saved import conditions_of, open_network
-from harness.script import make_parser
 from model import check_network, copy_of, velocity_network
 
 ANEW = "--overwrite starts anew, another --out keeps both"
@@ -119,12 +118,12 @@ class Run:
         """The paths of the last two states of a teacher or student, the newest first."""
         return self.folder / f"{kind}_resume.pt", self.folder / f"{kind}_resume_old.pt"
 
-    def resume_file(self, kind):
+    def resume_file(self, kind, checksums=False):
         """The path of the state to continue from: the older one if no newer one is whole."""
         newest, older = self.resume_files(kind)
         if older.exists():
             try:
-                checkpoint.load(newest, mmap=True)
+                checkpoint.load(newest, mmap=True, checksums=checksums)
             except UserError:
                 return older
         return newest
@@ -143,23 +142,25 @@ class Run:
 
     @cached_property
     def dataset(self):
-        dataset = data.load(self.cfg, self.device)
-        if self.cfg.eval_every:                    # before days of training: it may fail
-            self.judge = self.opened_judge(dataset.decode)
-        return dataset
+        return data.load(self.cfg, self.device)
 
     @cached_property
     def data_key(self):
         return data.key(self.cfg)
 
-    def opened_judge(self, decode):
+    @cached_property
+    def judge(self):
         """The Reference and the arguments of evaluate.measure, by the defaults of evaluate.py."""
         import evaluate                            # not above: it is seldom needed
         machine.wait()                             # so that no process finds what another makes now
-        args = evaluate.parse(make_parser(None), [], (), "", "")
-        on_device = nn.Linear(1, 1, device=self.device)
-        reference, settings, _ = evaluate.prepare(args, self.cfg, self.shape, on_device)
-        return reference, settings | {"decode": decode}
+        reference, settings, _ = evaluate.prepare(self.cfg, self.shape, self.device)
+        return reference, settings | {"decode": self.dataset.decode}
+
+    def open(self):
+        """Opens data and judge, which may fail: before anything is replaced or trained."""
+        self.dataset
+        if self.cfg.eval_every:
+            self.judge
 
     # ------------------------------------------------------------------ which settings are in force
 
@@ -240,6 +241,7 @@ class Run:
 
         This happens only when all has been checked and the training begins.
         """
+        self.open()
         if FIRST and self.cfg.overwrite and not self.discarded:
             self.discarded = True
             for file in (*results, self.path("student"), *self.resume_files("student"),
@@ -313,8 +315,7 @@ class Run:
                 raise UserError(f"{own} is another teacher than {path}; --overwrite replaces it, "
                                 "another --out keeps both")
         if cfg.overwrite:
-            self.dataset                           # may fail, so it is opened before files go
-        self.discard_older()
+            self.discard_older()
         more = {name: content[name] for name in ("data", "seconds") if name in content}
         checkpoint.save(own, "teacher", saved, content["shape"], content["step"],
                         ema=content["ema"], **more)
@@ -336,6 +337,7 @@ class Run:
         size = cfg.batch_size if kind == "student" else cfg.teacher_batch_size
         states = {name: machine.unwrap(part) for name, part in states.items()}
         eval_every = cfg.eval_every if kind == "student" else 0
+        self.open()
         start, seconds = self.restored(kind, states)
         start, self.begun = max(start, first), self.begun - seconds
         if start > steps:
@@ -368,8 +370,8 @@ class Run:
 
     def restored(self, kind, states):
         """(step, seconds so far) of a run that resumes, its states restored; else (0, 0.0)."""
-        files = [file for file in self.resume_files(kind) if file.exists()]
-        if not (self.cfg.resume and files):
+        path, newest = self.resume_file(kind, checksums=True), self.resume_files(kind)[0]
+        if not (self.cfg.resume and path.exists()):
             if kind == "teacher":
                 self.discard_older(self.path("teacher"))
             if FIRST:
@@ -377,20 +379,14 @@ class Run:
                 if kind == "student":
                     (self.folder / "quality.csv").unlink(missing_ok=True)
             return 0, 0.0
-        for path in files:                         # the newest that is whole
-            try:                                   # mapped: all processes share the host's memory
-                content = checkpoint.load(path, f"{kind} resume", mmap=True, checksums=True)
-                break
-            except UserError:
-                if path == files[-1]:
-                    raise
+        # mapped: all processes share the host's memory
+        content = checkpoint.load(path, f"{kind} resume", mmap=True, checksums=True)
         if content.get("data", self.dataset.key) != self.dataset.key:
             raise UserError(f"{path} was trained on other data: {content['data']} (these are "
                             f"{self.dataset.key}); name the same data, or another --out")
         for name, part in states.items():
             checkpoint.load_state(part, content[name], path)
         machine.wait()                             # all have read it before one of them writes
-        newest = self.resume_files(kind)[0]
         if FIRST and path != newest:
             print(f"{newest} is missing or damaged; continuing from {path}, of step "
                   f"{content['step']}")
@@ -456,7 +452,8 @@ class Run:
         self.save_ema(self.path(kind), kind, ema, steps)
         if FIRST:
             self.resume_files(kind)[1].unlink(missing_ok=True)
-        self.pictures(kind)
+        with unimportant():
+            self.pictures(kind)
         self.begun = time.perf_counter()           # of the student, after its teacher
         return self.path(kind)
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 import captions
 from config import LATENT_SETS, MACHINE, POINT_SETS, Config
@@ -94,11 +93,6 @@ def open_decoder(cfg):
     return latents.Codec(vae.of(cfg), cfg, machine.choose_device(cfg)).decode
 
 
-def unconditional(n):
-    """The conditions of n samples of an unconditional network: none."""
-    return None
-
-
 def examples(cfg):
     """Prompts for the text to image that cfg names."""
     if cfg.dataset == "captioned":
@@ -114,7 +108,7 @@ def conditions_of(cfg, classes=(), prompts=()):
     unconditional. Raises UserError for a prompt with unknown words.
     """
     if cfg.condition == "none":
-        return unconditional
+        return lambda n: None
     if cfg.dataset == "captioned":
         import captioned
         chosen = captioned.Prompts(cfg.teacher_checkpoint, list(prompts or examples(cfg)))
@@ -189,11 +183,10 @@ def save_npz(file, batches, n, shape):
 
 def save_pngs(folder, batches):
     """Writes images as FOLDER/000000.png and so on; `batches` as for save_npz."""
+    from torchvision.transforms.functional import to_pil_image
     for start, images in batches:
         for i, pixels in enumerate(to_uint8(images), start):
-            array = pixels.permute(1, 2, 0).numpy()
-            Image.fromarray(array.squeeze(-1) if array.shape[2] == 1 else array).save(
-                folder / f"{i:06d}.png")
+            to_pil_image(pixels).save(folder / f"{i:06d}.png")
 
 
 def png_folder(name):

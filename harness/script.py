@@ -94,6 +94,11 @@ def parse_config(doc, argv=None, **more):
     return make_config(**{n: v for n, v in given.items() if n not in more}), given
 
 
+def command(name):
+    """The command for another script in the folder of the one that runs."""
+    return f"python {Path(sys.argv[0]).parent / name}"
+
+
 def run_script(main):
     """Runs a script's main(). An error that the user can fix is one sentence and exit code 2.
 

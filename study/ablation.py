@@ -30,6 +30,7 @@ from config import DATASETS, Config, make_config, words
 from harness import UserError, pictures
 from harness.checkpoint import write_text
 from harness.log import Diverged
+from harness.machine import choose_device
 from harness.pictures import COLOURS, STYLE, plt
 from harness.run import Run
 from harness.script import given_flags, make_parser, run_script
@@ -227,8 +228,9 @@ def make_table(args, given):
     for label, seed, path in runs(args.kind, args.dataset, seeds, given, args.only, diverged):
         network, content, cfg = sample.open_network(path, **machine)
         if reference is None:
-            reference, settings, teacher_nfes = evaluate.prepare(args, default, shape, network)
-        nfes = teacher_nfes if label == "teacher" else args.nfe
+            reference, settings, best = evaluate.prepare(
+                default, shape, choose_device(cfg), args.n, args.solver, args.features, args.batch)
+        nfes = sorted({*args.nfe, best}) if label == "teacher" else args.nfe
         several = GUIDANCE if label == "teacher" and args.kind == "guidance" else (None,)
         for w in several:
             guided = sample.with_guidance(network, content, cfg, w)

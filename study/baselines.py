@@ -151,7 +151,7 @@ class Pairs:
         """n pairs: z0 and z1, both float32 (n, *shape), and y (n,) or None."""
         i = draws.integers(self.size, n, device="cpu")
         y = None if self.y is None else self.y[i].to(self.device)
-        return self.z0[i].to(self.device), self.z1[i].to(self.device), y
+        return machine.moved(self.z0[i], self.device), machine.moved(self.z1[i], self.device), y
 
 
 # ------------------------------------------------------------------------------------------ FGM

@@ -62,7 +62,8 @@ def main(argv=None):
         ema = distil(cfg, phi, dataset, device, guide)
         networks.append((name, ema, None))
     networks.append(("the same, sampled guided, 2 calls per step", Guided(ema, w), None))
-    reference, settings, _ = evaluate.prepare(args, cfg, shape, ema)
+    reference, settings, _ = evaluate.prepare(cfg, shape, device, args.n, args.solver,
+                                              args.features, args.batch)
     lost = []                                      # samples that fly apart have no distance
     seeds = range(args.seed, args.seed + args.seeds)
     for (name, network, _), nfe, seed in product(networks, args.nfe, seeds):

@@ -52,7 +52,7 @@ def refused(line, *named):
     """
     ended = call(line)
     lines = [text for text in ended.err.splitlines() if text.strip() and not (
-        "%|" in text or text.endswith("/s]"))]
+        "%|" in text or text.endswith(("/s]", "s/ images]")))]
     assert ended.code == 2, ended.out + ended.err
     assert "Traceback" not in ended.err
     assert len(lines) == 1, ended.err

@@ -959,8 +959,6 @@ def test_names_of_rows_and_of_tables(moons_run):
     ("study.ablation fgm --only fgm", ["--only fgm", "alpha = 0.5", "teacher"]),
     ("train.py --method reflow --pairs 0", ["--pairs 0"]),
     ("train.py --method reflow --pair-steps 0", ["--pair-steps 0"]),
-    ("evaluate.py --ablation losses --steps 5", ["python -m study.ablation"]),
-    ("evaluate.py --speed", ["python -m study.speed"]),
     ("evaluate.py --nfe 2 --n 300 --solver heun", ["odd"]),
     ("evaluate.py --n 2000000", ["--n", "at most"]),
     ("evaluate.py --protocol paper", ["--protocol", "not for moons"]),

@@ -303,9 +303,8 @@ def test_measuring_and_the_end_while_the_first_process_draws(moons, monkeypatch)
     shutil.copy(moons.home / "runs/one/teacher.pt", "teacher.pt")
     line = f"{MOONS} --teacher-checkpoint teacher.pt --preview-every 100 --eval-every 5"
     few = """
-        def few(args, *others, prepare=evaluate.prepare):
-            args.n = 100
-            return prepare(args, *others)
+        def few(*args, prepare=evaluate.prepare):
+            return prepare(*args, 100)
         evaluate.prepare = few
     """
     with monkeypatch.context() as patch:

@@ -72,10 +72,6 @@ def test_the_teachers_rate_falls_as_lfms_and_the_students_stays():
     works(f"{line} --teacher-lr-final 0.5 --threads 1")    # half of the cosine is 0.75 of the peak
     state = read("runs/moons/teacher_resume.pt")
     assert state["opt"]["param_groups"][0]["lr"] == pytest.approx(0.0075)
-    # files from before this setting have one setting for both
-    state["config"] |= dict(lr_final=0.25)
-    del state["config"]["teacher_lr_final"]
-    assert checkpoint.config_of(state).teacher_lr_final == 0.25
 
 
 # --------------------------------------------------------------------------------- precision

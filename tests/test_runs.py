@@ -31,6 +31,7 @@ import teacher
 import train
 from config import make_config
 from harness import UserError, checkpoint, log, machine, pictures
+from harness.script import command
 from running import (Mischief, call, copy_faces, files, half, is_picture, read, refused, rows,
                      same, works)
 from study import features
@@ -103,6 +104,12 @@ def test_points_end_to_end(finished_run, moons):
     command = last.split("next: python ")[1]
     wrote = re.search(r"wrote (\S+\.png)", works(command))[1]
     assert is_picture(wrote)
+
+
+def test_the_next_command_works_from_any_folder(monkeypatch):
+    for folder in ("", "DIR/"):
+        monkeypatch.setattr(sys, "argv", [f"{folder}train.py"])
+        assert command("sample.py") == f"python {folder}sample.py"
 
 
 def test_the_student_file_alone_can_be_sampled(moons):
@@ -182,6 +189,8 @@ BAD = [
     ("train.py --t-trunc 2", "--t-trunc 2", "between 0 and 1"),
     ("train.py --mu 1", "--mu 1", "below 1"),
     ("train.py --lr nan", "--lr nan"),
+    ("train.py --lr inf", "--lr inf", "larger than 0, and finite"),
+    ("train.py --dataset moons --preset official", "moons has neither --model nor --preset"),
     ("train.py --l-gan inf", "--l-gan inf", "finite"),
     (f"train.py --seed {2**31}", f"--seed {2**31}", "2^31"),
     (f"train.py --batch-size {10**24}", "--batch-size 1", "2^31"),
@@ -198,7 +207,7 @@ BAD = [
     ("sample.py --n 200000", "--n 200000", "--npz"),
     (f"sample.py --seed {2**31}", "--seed", "2^31"),
     ("sample.py --solver heun --nfe 3 4", "--nfe", "odd", "4 is even"),
-    ("sample.py --solver heun --nfe 3 --stochastic", "--stochastic", "heun"),
+    ("sample.py --solver heun --nfe 3 --stochastic", "--stochastic", "--solver"),
     ("sample.py --npz raw.npz --nfe 1 2", "--npz", "one --nfe"),
     ("sample.py --npz raw.npz --nfe 1 --trajectory", "--npz", "--trajectory"),
     # --npz replaces nothing but another .npz
@@ -219,6 +228,8 @@ BAD = [
     ("sample.py --dataset spirals", "no student of spirals", "train.py --dataset spirals"),
     ("sample.py --checkpoint bad/cut.pt --teacher", "bad/teacher.pt"),
     ("train.py --dataset moons --out new --teacher-checkpoint no.pt", "no.pt"),
+    ("train.py --dataset folder --model tiny --teacher-checkpoint runs/moons/teacher.pt",
+     "--channels 40 (not 16)", "leave --model out"),
     ("train.py --dataset moons --out new --teacher-checkpoint runs/moons/student.pt",
      "student.pt", "teacher"),
     (f"train.py {MOONS} --out new --channels 24 --teacher-checkpoint runs/moons/teacher.pt",
@@ -711,8 +722,8 @@ def test_averages_are_kept(moons, monkeypatch, no_pictures):
 
 def test_the_student_is_measured_while_it_is_trained(moons, finished_run, monkeypatch):
     """As evaluate.py measures it, and without any effect on the run."""
-    def few(args, *others, prepare=evaluate.prepare):
-        return prepare(SimpleNamespace(**{**vars(args), "n": 500}), *others)
+    def few(cfg, shape, device, n=None, *others, prepare=evaluate.prepare):
+        return prepare(cfg, shape, device, 500, *others)
 
     monkeypatch.setattr(evaluate, "prepare", few)      # 50,000 points would take long
     monkeypatch.setattr(sample, "strips", lambda *args, **more: None)
@@ -740,9 +751,11 @@ def test_a_measurement_that_is_not_possible_is_refused_before_anything_is_replac
     def impossible(*args):
         raise UserError("no features")
 
+    interrupted(f"train.py {MOONS} --seed 5 --out new", "teacher", 6, monkeypatch)
     monkeypatch.setattr("evaluate.Reference", impossible)
     before = files()
     refused(f"train.py {MOONS} --overwrite --lr 0.003 --eval-every 6", "no features")
+    refused("train.py --dataset moons --out new --resume --eval-every 6", "no features")
     assert files() == before
 
 
@@ -1026,6 +1039,12 @@ def test_a_folder_with_the_name_of_a_file(name, finished_run):
     assert Path("new/student.pt").is_file() == (name == "losses.png")
 
 
+def test_a_picture_of_the_teacher_that_cannot_be_written_does_not_stop_the_student():
+    Path("new/teacher_losses.png").mkdir(parents=True)
+    assert "teacher_losses.png is a folder; name a .png file; training goes on" in works(
+        f"train.py {MOONS} --out new")
+
+
 def test_a_flipped_bit_is_noticed(moons):
     whole = (moons / "student.pt").read_bytes()
     for place in (len(whole) // 3, len(whole) // 2, 2 * len(whole) // 3):
@@ -1114,6 +1133,15 @@ def test_pictures_of_samples(moons):
     assert "new/one.png" in works("sample.py --nfe 2 --n 100 --out new/one")
     for path in (*where.iterdir(), Path("new/one.png")):
         assert is_picture(path)
+
+
+def test_long_labels_are_wrapped_and_do_not_touch_the_edge(monkeypatch):
+    monkeypatch.setattr(pictures, "write", lambda fig, path: fig)
+    label = "the same, sampled guided, 2 calls per step"
+    fig = pictures.grid("a.png", [(label, "student", [torch.zeros(5, 2)] * 3)])
+    fig.canvas.draw()
+    box = fig.axes[0].yaxis.label.get_window_extent()
+    assert box.x0 > 5 and box.width < 150
 
 
 def test_trajectories(moons, monkeypatch):

@@ -536,14 +536,14 @@ def test_bad_input(pipelines, no_pictures):
 
 def test_a_missing_package_is_named(pipelines, monkeypatch, images):
     line = f"train.py {RUN} --teacher-checkpoint {pipelines}/sd"
-    for names in ("diffusers", "transformers", "datasets", "diffusers transformers"):
+    for names in ("diffusers", "transformers", "datasets", "diffusers transformers",
+                  "diffusers datasets", "transformers datasets"):
         with monkeypatch.context() as patch:
             for name in names.split():
                 patch.setitem(sys.modules, name, None)
             for cached in (text2image.found, text2image.texts_of):
                 cached.cache_clear()
-            refused(line, f"this needs {names.replace(' ', ' and ')}" if name != "datasets" else
-                    "datasets", f"pip install {names}")
+            refused(line, f"this needs {names.replace(' ', ' and ')}", f"pip install {names}")
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     refused(f"{line} --adam8bit", "bitsandbytes", "pip install bitsandbytes")
 
@@ -567,7 +567,7 @@ def test_what_sampling_refuses_and_says(pipelines, images, no_pictures):
     refused(line, "/gone/sd", "--teacher-checkpoint")
     works(f"{line} --teacher-checkpoint {pipelines}/sd")
     for flags, *named in (("--teacher-checkpoint ''", "--teacher-checkpoint"),
-                          ("--prompts ''", "--prompts"), ("--prompt a --prompts b", "exclude"),
+                          ("--prompts ''", "--prompts"), ("--prompt a --prompts b", "not allowed"),
                           ("--teacher-checkpoint nowhere", "nowhere", "hub")):
         refused(f"{line} {flags}", *named)
     refused("sample.py --checkpoint images --nfe 1", "images", "unet/config.json")
