@@ -142,7 +142,7 @@ def choose_device(cfg):
     if device.type == "cuda":
         torch.cuda.set_device(device.index or 0)   # a device without an index is refused
         torch.backends.cudnn.benchmark = True      # shapes never change while training
-        # In fp32, convolutions round to TF32 (unless --precision fp32), as in the official code.
+        # In fp32, convolutions round to TF32 (unless --precision fp32), as PyTorch does.
         # Linear layers do not: they embed the time, and cost nothing.
         torch.backends.cudnn.allow_tf32 = cfg.precision != "fp32"
         torch.backends.cuda.matmul.allow_tf32 = False
