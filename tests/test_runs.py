@@ -722,8 +722,8 @@ def test_averages_are_kept(moons, monkeypatch, no_pictures):
 
 def test_the_student_is_measured_while_it_is_trained(moons, finished_run, monkeypatch):
     """As evaluate.py measures it, and without any effect on the run."""
-    def few(cfg, shape, device, n=None, *others, prepare=evaluate.prepare):
-        return prepare(cfg, shape, device, 500, *others)
+    def few(cfg, shape, device, n=None, *others, prepare=evaluate.prepare, **more):
+        return prepare(cfg, shape, device, 500, *others, **more)
 
     monkeypatch.setattr(evaluate, "prepare", few)      # 50,000 points would take long
     monkeypatch.setattr(sample, "strips", lambda *args, **more: None)
