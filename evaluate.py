@@ -432,7 +432,7 @@ def prepare(cfg, shape, device, n=None, solver="euler", features=None, batch=Non
     usual, best = ((50_000, 100) if cfg.dataset in POINT_SETS else
                    (PAPER_SAMPLES if paper else 5_000, 50) if cfg.dataset in LATENT_SETS else
                    (50_000 if cfg.dataset == "cifar10" else 2_000, 50))
-    n, best = n or usual, best - (solver == "heun")            # Heun takes an odd number
+    n = n or usual
     machine.start(device)
     reference = Reference(cfg, n, features, device, paper)
     y = reference.scenes.questions(n) if reference.scenes else sample.conditions_of(
@@ -530,8 +530,6 @@ def main(argv=None):
     if args.guidance != [None] and not teachers:
         raise UserError("--guidance is for the teacher.pt beside a student; name a student by "
                         "--checkpoint")
-    if args.guidance != [None] and args.solver == "heun":
-        raise UserError("--guidance and --solver heun exclude each other; leave one out")
     if args.dataset and cfg.dataset != args.dataset:
         raise UserError(f"{paths[0]} was trained on {cfg.dataset}, not on {args.dataset}; leave "
                         "--dataset out")

@@ -60,28 +60,6 @@ def euler(model, z, nfe, y=None):
     yield 0.0, z, z
 
 
-def heun_steps(nfe):
-    """The steps that Heun's method makes with nfe calls; UserError for an even nfe."""
-    if nfe % 2 == 0:
-        raise UserError("--solver heun takes an odd --nfe: two calls per step, one in the last; "
-                        f"{nfe} is even")
-    return (nfe + 1) // 2
-
-
-@torch.no_grad()
-def heun(model, z, nfe, y=None):
-    """Heun's method, of second order: two calls per step, one in the last, so nfe = 2 steps - 1."""
-    steps = heun_steps(nfe)
-    for i in range(steps, 0, -1):
-        t = torch.full((len(z),), i / steps, device=z.device)
-        v = model(z, t, y)
-        yield i / steps, z, z - expand(t, z) * v
-        if i > 1:                  # the trapezoid of both ends; at t = 0 no call is needed
-            v = (v + model(z - v / steps, t - 1 / steps, y)) / 2
-        z = z - v / steps
-    yield 0.0, z, z
-
-
 @torch.no_grad()
 def stochastic(model, z, nfe, y=None, renoise=torch.randn_like):
     """Consistency sampling: predict z0, mix in fresh noise up to the next lower time, repeat."""
@@ -93,7 +71,7 @@ def stochastic(model, z, nfe, y=None, renoise=torch.randn_like):
     yield 0.0, z, z
 
 
-SOLVERS = {"euler": euler, "heun": heun, "stochastic": stochastic}
+SOLVERS = {"euler": euler, "stochastic": stochastic}
 
 
 def path(model, shape, n, nfe, seed=0, solver="euler", device="cpu", first=0, y=None):
@@ -222,7 +200,7 @@ def film(file, teacher, student, shape, seed=0, device="cpu", title=None, n=2500
 
 
 def check_flags(args, **least):
-    """UserError if a flag is below its least value, empty, or an NFE that the solver cannot use."""
+    """UserError if a flag is below its least value, or empty."""
     for name, low in least.items():
         values = getattr(args, name)
         for value in values if isinstance(values, list) else [values]:
@@ -234,9 +212,6 @@ def check_flags(args, **least):
         names = getattr(args, name, None)
         if names == "" or isinstance(names, list) and "" in names:
             raise UserError(f"{flag(name)} takes the name of a file, not an empty text")
-    if args.solver == "heun":
-        for nfe in args.nfe:
-            heun_steps(nfe)
 
 
 def parse(argv=None):
@@ -264,11 +239,9 @@ def parse(argv=None):
     texts.add_argument("--prompts", metavar="FILE", help="prompts from a file, one per line")
     how.add_argument("--guidance", type=float, metavar="W", help="a conditional teacher: guide it "
                      "(Eq. 3). W = 1 is off; any other W makes --nfe steps of two calls each [1]")
-    solver = how.add_mutually_exclusive_group()
-    solver.add_argument("--solver", choices=("euler", "heun"), default="euler",
-                        help="heun is of second order and takes an odd NFE [euler]")
-    solver.add_argument("--stochastic", dest="solver", action="store_const", const="stochastic",
-                        help="predict z0, mix in fresh noise, repeat, as consistency models do")
+    how.add_argument("--stochastic", dest="solver", action="store_const", const="stochastic",
+                     default="euler", help="predict z0, mix in fresh noise, repeat, as consistency "
+                     "models do, instead of Euler's steps")
     how.add_argument("--batch", type=int, help="at a time [1000 points, 500 images, 64 latents]")
     output = parser.add_argument_group("what is written")
     kind = output.add_mutually_exclusive_group()

@@ -184,16 +184,6 @@ def test_euler_is_exact_if_the_velocity_is_constant(shape, nfe):
     assert all(t.shape == (B,) and (t == t[0]).all() for _, t, _ in calls)
 
 
-@pytest.mark.parametrize("nfe", [1, 3, 7, 31])
-def test_heun_makes_as_many_calls_as_its_nfe_says(nfe):
-    calls = []
-    result(sample.heun(counted(lambda z, t, y: z, calls), normal(POINTS), nfe))
-    assert len(calls) == nfe
-    assert min(t.min() for _, t, _ in calls) > 0, "the network is never called at t = 0"
-    with pytest.raises(UserError, match="odd"):
-        result(sample.heun(lambda z, t, y: z, normal(POINTS), nfe + 1))
-
-
 # dz/dt = v has the solution z(0) = z(1) g, with g known
 FIELDS = {
     "z": (lambda z, t, y: z, math.exp(-1)),
@@ -202,16 +192,12 @@ FIELDS = {
 
 
 @pytest.mark.parametrize("field, growth", FIELDS.values(), ids=FIELDS)
-@pytest.mark.parametrize("solver, ratio", [("euler", 2), ("heun", 4)])
-def test_order_of_the_solvers(field, growth, solver, ratio):
+def test_the_error_of_euler_halves_with_the_step(field, growth):
     z1 = torch.ones(1, 2, dtype=torch.float64)
-    errors = []
-    for steps in (64, 128, 256):
-        nfe = steps if solver == "euler" else 2 * steps - 1
-        z0 = result(sample.SOLVERS[solver](field, z1, nfe))
-        errors.append((z0 - growth * z1).abs().max().item())
-    assert errors[0] / errors[1] == pytest.approx(ratio, rel=0.05)
-    assert errors[1] / errors[2] == pytest.approx(ratio, rel=0.05)
+    errors = [(result(sample.euler(field, z1, nfe)) - growth * z1).abs().max().item()
+              for nfe in (64, 128, 256)]
+    assert errors[0] / errors[1] == pytest.approx(2, rel=0.05)
+    assert errors[1] / errors[2] == pytest.approx(2, rel=0.05)
 
 
 @SHAPES
@@ -236,7 +222,7 @@ def test_stochastic_sampling_predicts_and_mixes_noise_in(shape, nfe):
     assert len(list(noises)) == 1, "the last prediction takes no noise"
 
 
-@pytest.mark.parametrize("solver, nfe", [("euler", 4), ("heun", 7), ("stochastic", 4)])
+@pytest.mark.parametrize("solver, nfe", [("euler", 4), ("stochastic", 4)])
 def test_a_solver_yields_time_state_and_prediction(solver, nfe):
     z1 = normal(POINTS)
     steps = list(sample.SOLVERS[solver](lambda z, t, y: z, z1, nfe))
@@ -1197,7 +1183,7 @@ def test_samples_do_not_depend_on_the_batch_size(shape, solver, nfe=3):
 @SHAPES
 def test_every_nfe_and_solver_starts_from_the_same_noise(shape):
     z1 = sample.noise(shape, 300, seed=2)
-    for solver, nfe in (("euler", 1), ("euler", 8), ("heun", 5), ("stochastic", 4)):
+    for solver, nfe in (("euler", 1), ("euler", 8), ("stochastic", 4)):
         calls = []
         sample.draw(counted(bent, calls), shape, 300, nfe, seed=2, solver=solver, batch=128)
         assert len(calls) == 3 * nfe

@@ -206,8 +206,6 @@ BAD = [
     (f"sample.py --n {10**13} --nfe 1", "--n 1", "2^31"),
     ("sample.py --n 200000", "--n 200000", "--npz"),
     (f"sample.py --seed {2**31}", "--seed", "2^31"),
-    ("sample.py --solver heun --nfe 3 4", "--nfe", "odd", "4 is even"),
-    ("sample.py --solver heun --nfe 3 --stochastic", "--stochastic", "--solver"),
     ("sample.py --npz raw.npz --nfe 1 2", "--npz", "one --nfe"),
     ("sample.py --npz raw.npz --nfe 1 --trajectory", "--npz", "--trajectory"),
     # --npz replaces nothing but another .npz
@@ -1108,8 +1106,6 @@ def test_raw_points(moons):
     # in one step all samplers are the same
     one = npz("--nfe", 1)
     assert np.allclose(npz("--nfe", 1, "--stochastic"), one, atol=1e-5)
-    assert np.allclose(npz("--nfe", 1, "--solver", "heun"), one, atol=1e-5)
-    assert not np.allclose(npz("--nfe", 3, "--solver", "heun"), npz("--nfe", 3), atol=1e-4)
 
 
 def test_the_noise_is_the_same_at_every_nfe():
@@ -1125,11 +1121,11 @@ def test_pictures_of_samples(moons):
     printed = works("sample.py --nfe 1 2 4")
     assert str(moons / "student.pt") in printed
     works("sample.py --nfe 2 --n 100 --stochastic")
-    works("sample.py --nfe 3 --n 100 --solver heun --seed 1")
+    works("sample.py --nfe 3 --n 100 --seed 1")
     works("sample.py --nfe 3 --n 100 --teacher")
     assert {p.name for p in where.iterdir()} == {
         "student-nfe1-2-4-seed0.png", "student-nfe2-stochastic-seed0.png",
-        "student-nfe3-heun-seed1.png", "teacher-nfe3-seed0.png"}
+        "student-nfe3-seed1.png", "teacher-nfe3-seed0.png"}
     assert "new/one.png" in works("sample.py --nfe 2 --n 100 --out new/one")
     for path in (*where.iterdir(), Path("new/one.png")):
         assert is_picture(path)
