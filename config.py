@@ -21,6 +21,7 @@ CAPTION_SETS = ("captions", "captions-digits")         # text to image, drawn on
 DATASETS = (*POINT_SETS, "mnist", "cifar10", *CAPTION_SETS, *LATENT_SETS)
 LATENT_DOWNSAMPLING = 8                                # 8 x 8 pixels become one latent position
 LATENT_CHANNELS = {"sd": 4, "taesd": 4, "taef2": 32}
+LOSSES = ("cd", "gan", "rf", "bi")
 METHODS = ("scflow", "cd", "flowmap", "reflow", "reflow-distill", "fgm")
 CLASSES = {"8gaussians": 8, "mnist": 10, "cifar10": 10}   # a folder's classes are its sub-folders
 
@@ -45,7 +46,7 @@ class Config:
 
     # -- presets for latents
     model: Literal["", "paper", "small", "tiny"] = ""  # 153, 15 or 1 M parameters; cifar10: 57, 7
-    preset: Literal["", "paper", "official"] = ""  # the paper's text, or what its authors ran
+    preset: Literal["", "paper", "official"] = ""  # paper: its text; or (if none is given) its code
 
     # -- the machine
     device: str = "auto"            # cpu, cuda, cuda:1, mps; auto takes the first GPU, if any
@@ -65,7 +66,7 @@ class Config:
     heads: int = 4                  # UNet: attention heads
     time_scale: float = 10.0        # t is multiplied by this before its sinusoidal features
     patch_size: int = 1             # UNet: p x p pixels are folded into channels first
-    condition: Literal["none", "class", "text"] = "none"  # what the networks are told of a sample
+    condition: Literal["none", "class", "text"] = "none"  # y: nothing, a label, a caption
     num_classes: int = 0            # classes, or words of captions; follows from the data
 
     # -- teacher: flow matching (Eq. 1)
@@ -78,8 +79,8 @@ class Config:
     lr_warmup: int = 100            # iterations in which all rates rise from zero
 
     # -- student: Algorithm 1
-    method: Literal[METHODS] = "scflow"  # or a baseline
-    losses: tuple[Literal["cd", "gan", "rf", "bi"], ...] = ("cd", "gan", "rf", "bi")  # in use
+    method: Literal[METHODS] = "scflow"  # what is trained: SCFlow, or a baseline
+    losses: tuple[Literal[LOSSES], ...] = LOSSES  # the terms of the loss that are used
     steps: int = 5000               # iterations of distillation
     batch_size: int = 256           # samples per iteration
     lr: float = 2e-3                # AdamW learning rate of the student

@@ -20,10 +20,9 @@ from harness import UserError, first_line
 from harness.machine import FIRST, RANK, WORLD, leave
 
 ABOUT_CELEBAHQ = (
-    "celebahq: LFM published the paper's teacher (153 M parameters, 120,500 iterations of batch "
-    f"112): {LFM_TEACHER}. --teacher-checkpoint model_480.pth distils from it without pretraining. "
-    "The students of --model small and tiny need a teacher of their size, which train.py "
-    "pretrains.")
+    f"celebahq: LFM published the paper's teacher (153 M parameters): {LFM_TEACHER}. "
+    "--teacher-checkpoint model_480.pth distils from it without pretraining. The students of "
+    "--model small and tiny need a teacher of their size, which train.py pretrains.")
 
 
 class Parser(argparse.ArgumentParser):
@@ -59,7 +58,7 @@ def add_field_flags(parser, names=None):
             kind = typing.get_args(kind)[0]
             options["nargs"] = "+" if f.name == "losses" else "*"
         if typing.get_origin(kind) is Literal:
-            options["choices"], kind = typing.get_args(kind), str
+            options["choices"], kind = tuple(filter(None, typing.get_args(kind))), str
         text = (comments[f.name] + defaults(f)).replace("%", "%%")
         if kind is bool:
             options["action"] = "store_true"
@@ -70,12 +69,14 @@ def add_field_flags(parser, names=None):
 
 
 def defaults(f):
-    """A field's default as help text, with those of MNIST and of latents if they differ."""
-    presets = {"mnist": PRESETS["mnist"], "latents": LATENTS | MODELS["paper"] | OFFICIAL}
-    others = "".join(f"; {name}: {words(preset[f.name])}" for name, preset in presets.items()
-                     if preset.get(f.name, f.default) != f.default)
-    default = words(f.default)
-    return f" [{default}{others}]" if default not in ("", "False") or others else ""
+    """A field's default as help text, with those of the presets that have another one."""
+    presets = {name: PRESETS[name] for name in ("8gaussians", "mnist", "captions", "cifar10")}
+    presets["latents"], others = LATENTS | MODELS["paper"] | OFFICIAL, {}
+    for name, preset in presets.items():
+        if preset.get(f.name, f.default) != f.default:
+            others.setdefault(words(preset[f.name]), []).append(name)
+    texts = [words(f.default), *(f"{', '.join(names)}: {value}" for value, names in others.items())]
+    return f" [{'; '.join(texts)}]" if texts[0] not in ("", "False") or others else ""
 
 
 def given_flags(args, names=None):
