@@ -107,7 +107,7 @@ class Pairs:
 
     def __init__(self, folder, network, dataset, cfg, seed, device):
         self.size, self.key, self.decode = cfg.pairs, dataset.key, dataset.decode
-        self.shape, self.device = dataset.shape, device
+        self.shape, self.device = dataset.shape, torch.device(device)
         self.y = dataset.conditions(cfg.pairs, torch.Generator().manual_seed(seed))
         source = f"{checkpoint.fingerprint(network)}{cfg.guidance}{dataset.key}".encode()
         file = folder / f"pairs-{cfg.pairs}-{cfg.pair_steps}-{seed}-{zlib.crc32(source):08x}.npy"

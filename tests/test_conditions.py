@@ -172,8 +172,7 @@ def test_pairs_keep_the_condition_of_their_noise(tmp_path):
             return (z - y.float()[:, None].expand(-1, 2)) / expand(t, z)
 
     cfg = make_config("8gaussians", condition="class", pairs=70, pair_steps=1)
-    pairs = baselines.Pairs(tmp_path, ToClass(), data.Points("8gaussians", 8), cfg, 3,
-                            torch.device("cpu"))
+    pairs = baselines.Pairs(tmp_path, ToClass(), data.Points("8gaussians", 8), cfg, 3, "cpu")
     z0, _, y = pairs.batch(50, data.Draws(0))
     torch.testing.assert_close(z0[:, 0], y.float(), atol=1e-4, rtol=0)
     assert len(y.unique()) == 8
