@@ -370,8 +370,7 @@ class Run:
 
     def restored(self, kind, states):
         """(step, seconds so far) of a run that resumes, its states restored; else (0, 0.0)."""
-        path, newest = self.resume_file(kind, checksums=True), self.resume_files(kind)[0]
-        if not (self.cfg.resume and path.exists()):
+        if not (self.cfg.resume and self.resume_file(kind).exists()):
             if kind == "teacher":
                 self.discard_older(self.path("teacher"))
             if FIRST:
@@ -379,6 +378,7 @@ class Run:
                 if kind == "student":
                     (self.folder / "quality.csv").unlink(missing_ok=True)
             return 0, 0.0
+        path, newest = self.resume_file(kind, checksums=True), self.resume_files(kind)[0]
         # mapped: all processes share the host's memory
         content = checkpoint.load(path, f"{kind} resume", mmap=True, checksums=True)
         if content.get("data", self.dataset.key) != self.dataset.key:
