@@ -14,7 +14,7 @@ from config import DATASETS, LATENT_DOWNSAMPLING, LATENT_SETS, MACHINE, flag, wo
 from harness import UserError, machine, pictures
 from harness.saved import (at_a_time, conditions_of, examples, find_student, home_of, npz_name,
                            open_decoder, open_network, png_folder, read_prompts, same, save_npz,
-                           save_pngs)
+                           save_pngs, unconditional)
 from harness.script import add_field_flags, given_flags, make_parser, run_script
 from losses import expand, interpolate
 from model import Guided
@@ -113,7 +113,7 @@ def calls(network):
 
 
 def strips(path, networks, shape, nfes, seed=0, device="cpu", solver="euler", data=None, title=None,
-           columns=10, decode=same, across=False, conditions=lambda n: None):
+           columns=10, decode=same, across=False, conditions=unconditional):
     """Figure 5: the same noise at every NFE. networks is [(name, network, its NFEs or None), ...].
 
     Points: one row per network and one panel per NFE; `across` transposes this (the paper's
@@ -168,7 +168,7 @@ def columns_of(network, nfes, n, prompts):
 
 
 def trajectory(file, networks, shape, nfe, seed=0, device="cpu", solver="euler", title=None,
-               decode=same, conditions=lambda n: None):
+               decode=same, conditions=unconditional):
     """Figures 4 and 7: zt and its z0-prediction along the path; for points the paths themselves."""
     rows, n = [], 2000 if len(shape) == 1 else 2
     for name, network in networks:
@@ -186,7 +186,7 @@ def trajectory(file, networks, shape, nfe, seed=0, device="cpu", solver="euler",
 
 
 def film(file, teacher, student, shape, seed=0, device="cpu", title=None, n=2500,
-         conditions=lambda n: None):
+         conditions=unconditional):
     """A GIF of points on their way: the teacher in 50 steps, the student in 1, 2 and 4."""
     panels = []
     for name, network, nfe in [("teacher", teacher, 50),

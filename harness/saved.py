@@ -93,6 +93,11 @@ def open_decoder(cfg):
     return latents.Codec(vae.of(cfg), cfg, machine.choose_device(cfg)).decode
 
 
+def unconditional(n):
+    """The conditions of n samples of an unconditional network: none."""
+    return None
+
+
 def examples(cfg):
     """Prompts for the text to image that cfg names."""
     if cfg.dataset == "captioned":
@@ -108,7 +113,7 @@ def conditions_of(cfg, classes=(), prompts=()):
     unconditional. Raises UserError for a prompt with unknown words.
     """
     if cfg.condition == "none":
-        return lambda n: None
+        return unconditional
     if cfg.dataset == "captioned":
         import captioned
         chosen = captioned.Prompts(cfg.teacher_checkpoint, list(prompts or examples(cfg)))

@@ -99,10 +99,10 @@ def distil(teacher, n, elements, cfg):
 def main(argv=None):
     parser = make_parser(__doc__)
     add_field_flags(parser, FIELDS)
-    given = given_flags(parser.parse_args(argv))
-    cfg = make_config("checkerboard", **{"steps": 1500} | given)
-    teacher, _, _ = sample.open_network(SHIPPED / "checkerboard" / "teacher.pt", **{
-        name: value for name, value in given.items() if name in MACHINE})
+    args = parser.parse_args(argv)
+    cfg = make_config("checkerboard", **{"steps": 1500} | given_flags(args))
+    teacher, _, _ = sample.open_network(SHIPPED / "checkerboard" / "teacher.pt",
+                                        **given_flags(args, MACHINE))
     rows = [distil(teacher, n, size, cfg) for size in SIZES for n in ELEMENTS]
     print(evaluate.markdown([list(rows[0]), *(
         [x if isinstance(x, str) else f"{x:.3g}" for x in row.values()] for row in rows)]))
