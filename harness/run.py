@@ -118,12 +118,12 @@ class Run:
         """The paths of the last two states of a teacher or student, the newest first."""
         return self.folder / f"{kind}_resume.pt", self.folder / f"{kind}_resume_old.pt"
 
-    def resume_file(self, kind, checksums=False):
-        """The path of the state to continue from: the older one if no newer one is whole."""
+    def resume_file(self, kind):
+        """The path of the state to continue from: the older one if no newer one is readable."""
         newest, older = self.resume_files(kind)
         if older.exists():
             try:
-                checkpoint.load(newest, mmap=True, checksums=checksums)
+                checkpoint.load(newest, mmap=True)
             except UserError:
                 return older
         return newest
@@ -378,9 +378,14 @@ class Run:
                 if kind == "student":
                     (self.folder / "quality.csv").unlink(missing_ok=True)
             return 0, 0.0
-        path, newest = self.resume_file(kind, checksums=True), self.resume_files(kind)[0]
-        # mapped: all processes share the host's memory
-        content = checkpoint.load(path, f"{kind} resume", mmap=True, checksums=True)
+        newest, older = self.resume_files(kind)
+        for path in (newest, older):
+            try:                                   # mapped: all processes share the host's memory
+                content = checkpoint.load(path, f"{kind} resume", mmap=True, checksums=True)
+                break
+            except UserError:
+                if path == older or not older.exists():
+                    raise
         if content.get("data", self.dataset.key) != self.dataset.key:
             raise UserError(f"{path} was trained on other data: {content['data']} (these are "
                             f"{self.dataset.key}); name the same data, or another --out")
