@@ -127,8 +127,8 @@ PRESETS = {
     "mnist": dict(
         channels=32, blocks=1, patch_size=2, time_scale=1000.0, disc_channels=32,
         teacher_steps=2000, teacher_lr=1e-3, teacher_batch_size=128,
-        steps=4000, batch_size=16, lr=4e-4, disc_lr=1e-3, huber_c=0.01,
-        t_trunc=0.4, l_gan=0.1, l_rf=1.0, l_bi=0.1, n_gan=0, n_rf=400, r1=1.0,
+        steps=4000, batch_size=16, lr=1.5e-3, disc_lr=1e-3, lr_final=1.0, huber_c=0.01,
+        t_trunc=0.1, t_skip=0.2, l_gan=0.02, l_rf=0.02, l_bi=0.1, n_gan=0, n_rf=400, r1=1.0,
         pairs=5000, pair_steps=50,
         save_every=400, preview_every=800,
     ),
@@ -137,7 +137,7 @@ PRESETS = {
 PRESETS["captions"] = PRESETS["mnist"] | dict(
     condition="text", guidance=1.5, lr_warmup=200,
     teacher_steps=1600, teacher_lr=4e-3, teacher_batch_size=64,
-    steps=2300, batch_size=32, disc_lr=2e-4, t_trunc=0.2, t_skip=0.2, l_gan=0.002, l_rf=0.02)
+    steps=2300, batch_size=32, lr=4e-4, disc_lr=2e-4, lr_final=0.0, t_trunc=0.2, l_gan=0.002)
 PRESETS["captions-digits"] = PRESETS["captions"] | dict(teacher_steps=3500, steps=3000,
                                                          t_skip=0.1)
 
