@@ -370,7 +370,8 @@ class Run:
 
     def restored(self, kind, states):
         """(step, seconds so far) of a run that resumes, its states restored; else (0, 0.0)."""
-        if not (self.cfg.resume and self.resume_file(kind).exists()):
+        files = [path for path in self.resume_files(kind) if path.exists()]
+        if not (self.cfg.resume and files):
             if kind == "teacher":
                 self.discard_older(self.path("teacher"))
             if FIRST:
@@ -378,13 +379,13 @@ class Run:
                 if kind == "student":
                     (self.folder / "quality.csv").unlink(missing_ok=True)
             return 0, 0.0
-        newest, older = self.resume_files(kind)
-        for path in (newest, older):
+        newest = self.resume_files(kind)[0]
+        for path in files:
             try:                                   # mapped: all processes share the host's memory
                 content = checkpoint.load(path, f"{kind} resume", mmap=True, checksums=True)
                 break
             except UserError:
-                if path == older or not older.exists():
+                if path == files[-1]:
                     raise
         if content.get("data", self.dataset.key) != self.dataset.key:
             raise UserError(f"{path} was trained on other data: {content['data']} (these are "
