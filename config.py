@@ -136,10 +136,10 @@ PRESETS = {
 
 PRESETS["captions"] = PRESETS["mnist"] | dict(
     condition="text", guidance=1.5, lr_warmup=200,
-    teacher_steps=1600, teacher_lr=4e-3, teacher_batch_size=64,
-    steps=2300, batch_size=32, lr=4e-4, disc_lr=2e-4, lr_final=0.0, t_trunc=0.2, l_gan=0.002)
-PRESETS["captions-digits"] = PRESETS["captions"] | dict(teacher_steps=3500, steps=3000,
-                                                         t_skip=0.1)
+    teacher_steps=1600, teacher_lr=1.5e-3, teacher_batch_size=64,
+    steps=1200, batch_size=32, disc_lr=2e-4, t_skip=0.4, l_gan=0.002)
+PRESETS["captions-digits"] = PRESETS["captions"] | dict(teacher_steps=6500, steps=3000,
+                                                         guidance=2.0)
 
 # CIFAR-10, which FGM's authors measured. These settings were never trained to their end.
 PRESETS["cifar10"] = dict(

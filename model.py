@@ -128,14 +128,14 @@ class Head(nn.Module):
         self.linear = nn.Linear(channels, 1)
         self.label_emb = LabelEmbedding(num_classes, channels) if num_classes else None
         self.text = Text(num_words) if num_words else None
-        self.text_emb = nn.Linear(64, channels) if num_words else None
+        self.words_emb = nn.Linear(64, channels) if num_words else None
 
     def forward(self, h, y=None):
         logits = self.linear(h).squeeze(1)                                # (B,)
         if self.label_emb is not None:
             logits = logits + (h * self.label_emb(y, len(h))).sum(1) / math.sqrt(h.shape[1])
         if self.text is not None:
-            c = self.text_emb(self.text(y, len(h)).mean(1))               # (B, channels)
+            c = self.words_emb(self.text(y, len(h)).sum(1))               # (B, channels)
             logits = logits + (h * c).sum(1) / math.sqrt(h.shape[1])
         return logits
 
@@ -272,7 +272,7 @@ class UNet(VelocityNetwork):
         )
         self.label_emb = LabelEmbedding(num_classes, emb_channels) if num_classes else None
         self.text = Text(num_words) if num_words else None
-        self.text_emb = Float32(nn.Linear(64, emb_channels)) if num_words else None
+        self.words_emb = Float32(nn.Linear(64, emb_channels)) if num_words else None
 
         def attend(ch, level, always=False):
             layers = [Attention(ch, heads)] if always or level in attention else []
@@ -326,7 +326,8 @@ class UNet(VelocityNetwork):
             emb = emb + self.label_emb(y, len(zt))
         if self.text is not None:
             words = self.text(y, len(zt))
-            emb = emb + self.text_emb(words.mean(1))
+            # the sum is as large as a label's embedding; with the mean, digits are learnt slowly
+            emb = emb + self.words_emb(words.sum(1))
 
         kept = []
         for stage in self.input_blocks:

@@ -160,7 +160,7 @@ def test_a_run_is_drawn_by_prompts_and_judged():
     teacher, student = (read(f"runs/captions/{name}.pt")["ema"] for name in ("teacher", "student"))
     frozen = [key for key in teacher if key.startswith("text.")]
     assert len(frozen) > 5 and all(torch.equal(teacher[key], student[key]) for key in frozen)
-    assert not torch.equal(teacher["text_emb.0.weight"], student["text_emb.0.weight"])
+    assert not torch.equal(teacher["words_emb.0.weight"], student["words_emb.0.weight"])
 
     works("sample.py --prompt 'a red cross left of a blue disc' 'a green ring' --nfe 1 --n 4 "
           "--npz one.npz")

@@ -17,7 +17,7 @@ DATASETS = sorted(path.parent.name for path in saved.SHIPPED.glob("*/student.pt"
 
 
 def test_the_files_are_small():
-    assert {"checkerboard", "mnist", "captions"} <= set(DATASETS)
+    assert {"checkerboard", "mnist", "captions", "captions-digits"} <= set(DATASETS)
     files = list(saved.SHIPPED.rglob("*.pt"))
     assert sum(file.stat().st_size for file in files) < 8e6
     for file in files:
@@ -41,6 +41,7 @@ def test_the_users_own_student_comes_first(no_pictures):
 
 def test_a_prompt_finds_the_student_of_its_words():
     assert "weights/captions/student.pt" in works("sample.py --prompt 'a green ring' --nfe 1")
+    assert "weights/captions-digits/student.pt" in works("sample.py --prompt 'a red two' --nfe 1")
     assert captions.dataset_of(["a green ring", "a red three"]) == "captions-digits"
     assert captions.dataset_of([""]) == "captions"
     refused("sample.py --prompt 'a pink ring'", "pink", "magenta")
