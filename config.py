@@ -138,8 +138,8 @@ PRESETS["captions"] = PRESETS["mnist"] | dict(
     condition="text", guidance=1.5, lr_warmup=200,
     teacher_steps=1600, teacher_lr=1.5e-3, teacher_batch_size=64,
     steps=1200, batch_size=32, disc_lr=2e-4, t_skip=0.4, l_gan=0.002)
-PRESETS["captions-digits"] = PRESETS["captions"] | dict(teacher_steps=6500, steps=3000,
-                                                         guidance=2.0)
+PRESETS["captions-digits"] = PRESETS["captions"] | dict(
+    teacher_steps=6500, guidance=2.0, l_gan=0.001, l_rf=0.005, l_bi=0.02)
 
 # CIFAR-10, which FGM's authors measured. These settings were never trained to their end.
 PRESETS["cifar10"] = dict(
