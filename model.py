@@ -326,7 +326,7 @@ class UNet(VelocityNetwork):
             emb = emb + self.label_emb(y, len(zt))
         if self.text is not None:
             words = self.text(y, len(zt))
-            # the sum is as large as a label's embedding; with the mean, digits are learnt slowly
+            # the mean is small beside a label's embedding, and with it digits are learnt slowly
             emb = emb + self.words_emb(words.sum(1))
 
         kept = []
