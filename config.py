@@ -100,9 +100,10 @@ class Config:
     mu: float = 0.9                 # decay of theta~, the average that makes targets for CD and BI
     ema: float = 0.998              # decay of the average that is sampled from
     l_gan: float = 30.0             # weight of the GAN loss (Eq. 7)
-    l_rf: float = 30.0              # weight of the reflow loss (Eq. 9)
+    l_rf: float = 60.0              # weight of the reflow loss (Eq. 9)
+    rf_x1: Literal["free", "fixed"] = "free"  # does RF also move x1, or not, as in Eq. 9?
     l_bi: float = 0.05              # weight of the bidirectional loss (Eq. 10)
-    n_gan: int = 500                # first iteration with the GAN
+    n_gan: int = 500                # first iteration with the GAN, counted from 0
     n_rf: int = 1000                # first iteration with reflow
     n_bi: int = 0                   # first iteration with the bidirectional loss
     r1: float = 0.1                 # gamma of R1, (gamma / 2) E || grad D(z0) ||^2; 0 leaves it out
@@ -129,6 +130,7 @@ PRESETS = {
         teacher_steps=2000, teacher_lr=1e-3, teacher_batch_size=128,
         steps=4000, batch_size=16, lr=1.5e-3, disc_lr=1e-3, lr_final=1.0, huber_c=0.01,
         t_trunc=0.1, t_skip=0.2, l_gan=0.02, l_rf=0.02, l_bi=0.1, n_gan=0, n_rf=400, r1=1.0,
+        rf_x1="fixed",
         pairs=5000, pair_steps=50,
         save_every=400, preview_every=800,
     ),
@@ -146,7 +148,7 @@ PRESETS["cifar10"] = dict(
     time_scale=1000.0, attention=(1,), disc_channels=64,
     teacher_steps=100_000, teacher_lr=2e-4, teacher_batch_size=128, teacher_ema=0.9999,
     steps=50_000, batch_size=128, lr=1e-4, disc_lr=2e-4, lr_warmup=1000, ema=0.9995, huber_c=0.01,
-    t_trunc=0.4, l_gan=0.1, l_rf=0.1, l_bi=0.1, n_gan=0, n_bi=1000, r1=1.0,
+    t_trunc=0.4, l_gan=0.1, l_rf=0.1, rf_x1="fixed", l_bi=0.1, n_gan=0, n_bi=1000, r1=1.0,
     save_every=1000, preview_every=5000)
 CIFAR10_MODELS = {                                     # 7 M parameters; or 57 M, as EDM's network
     "small": dict(channels=64, mult=(1, 2, 2), blocks=2),
@@ -162,7 +164,7 @@ LATENTS = dict(
     lr=1e-5, disc_lr=1e-5, disc_betas=(0.9, 0.999),    # AdamW (o)
     lr_final=1.0, lr_warmup=0, ema=0.9999,             # constant rates, an EMA to sample from (o)
     t_trunc=0.4, truncation="current", metric="l2",    # and t_skip 0.1, mu 0.9, as everywhere
-    l_gan=0.1, l_rf=0.1, l_bi=0.1, n_gan=0, n_rf=1000, n_bi=1000, r1=1.0,  # R1 (o)
+    l_gan=0.1, l_rf=0.1, rf_x1="fixed", l_bi=0.1, n_gan=0, n_rf=1000, n_bi=1000, r1=1.0,  # R1 (o)
     pair_steps=500,
     teacher_steps=120_500, teacher_lr=2e-5, teacher_batch_size=112,        # (l)
     teacher_ema=0.9999,                                # LFM has none by default

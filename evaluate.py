@@ -132,7 +132,7 @@ class Reference:
     classes: function of features that tells the class of each, or None. right: function of samples,
     features and their conditions that tells which are as they were asked for. std: the data's
     spread, within: that within a class. scenes: the data set of captions, or None. name: the
-    distance in words. floor: the score of held-out real data, the best that samples can reach.
+    distance in words. floor: the score of held-out real data.
     paper: images are compared as JPEG. All processes make one; rank 0 compares.
     """
 

@@ -86,9 +86,13 @@ def bidirectional_loss(f_t, f_hi, metric="pseudo-huber", c=0.01):
     return distance(f_t, f_hi.detach(), metric, c)
 
 
-def reflow_loss(f_r, x1):
-    """|| x1 - f(zr, t) ||^2, zr = (1-t) x1 + t z1 (Eq. 9): straight lines to the one-step x1."""
-    return F.mse_loss(f_r, x1.detach())
+def reflow_loss(f_r, x1, free=False):
+    """|| x1 - f(zr, t) ||^2, zr = (1-t) x1 + t z1 (Eq. 9): straight lines to the one-step x1.
+
+    Where lines from several z1 cross, f(zr, t) is the mean of their x1. In Eq. 9, x1 is fixed. If
+    it is free (ours), it moves to f(zr, t), so that fewer lines cross.
+    """
+    return F.mse_loss(f_r, x1 if free else x1.detach())
 
 
 # ----------------------------------------------------------------------------------------- GAN

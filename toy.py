@@ -57,8 +57,8 @@ def student_loss(teacher, student, target, disc, opt_disc, z0, step):
         opt_disc.step(), opt_disc.zero_grad()
         loss = loss + 30 * L.generator_loss(disc(x1))
     if step >= 1000:                               # reflow, a straight line from z1 to x1 (Eq. 9)
-        zr = L.interpolate(x1.detach(), z1, t)
-        loss = loss + 30 * L.reflow_loss(L.z0_prediction(student, zr, t), x1)
+        zr = L.interpolate(x1.detach(), z1, t)     # free: x1 moves, too (ours)
+        loss = loss + 60 * L.reflow_loss(L.z0_prediction(student, zr, t), x1, free=True)
     return loss
 
 

@@ -64,7 +64,7 @@ def scflow_step(net, batch, step, cfg, draws):
         loss = loss + cfg.l_gan * terms["gan"]
     if "rf" in use:
         zr = interpolate(x1.detach(), z1, t)
-        terms["rf"] = reflow_loss(z0_prediction(net.student, zr, t, y), x1)
+        terms["rf"] = reflow_loss(z0_prediction(net.student, zr, t, y), x1, cfg.rf_x1 == "free")
         loss = loss + cfg.l_rf * terms["rf"]
     if "bi" in use:
         terms["bi"] = bidirectional_loss(f_t, f_hi, cfg.metric, cfg.huber_c)

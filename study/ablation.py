@@ -7,10 +7,11 @@
     fgm      FGM with SCFlow's and with RealUID's recipe, with the same compute as SCFlow
     guidance w against t_trunc, with CD alone and with all losses (needs --condition); draws both
 
-Rows that the paper's table does not have are marked (ours). Each cell is a run in
-runs/ablation/<dataset>/ with its measurements. Finished cells are kept, stopped ones continue, and
-tables share the runs that they have in common. `--only teacher`, then several processes with --only
-and other rows, fill a table in parallel; the same command without --only then collects it.
+Rows that the paper's table does not have are marked (ours); flowmap and fgm are ours, too. Each
+cell is a run in runs/ablation/<dataset>/ with its measurements. Finished cells are kept, stopped
+ones continue, and tables share the runs that they have in common. `--only teacher`, then several
+processes with --only and other rows, fill a table in parallel; the same command without --only
+then collects it.
 """
 
 import json
@@ -55,11 +56,13 @@ CHOSEN = ("dataset", "out", "seed", "resume", "overwrite", "download", "method",
 def cells(kind, default):
     """{label: the settings that differ from the data set's own}, in the order of the table."""
     if kind == "losses":
+        other = "fixed" if default.rf_x1 == "free" else "free"
         return {"CD": dict(losses=("cd",), t_trunc=0.0),
                 "CD, truncation" + OURS: dict(losses=("cd",), t_trunc=default.t_trunc),
                 "+ GAN" + OURS: dict(losses=("cd", "gan"), t_trunc=0.0),
                 "+ GAN, truncation": dict(losses=("cd", "gan")),
                 "+ RF": dict(losses=("cd", "gan", "rf")), "+ BI (all)": {},
+                f"all, x1 {other}" + OURS: dict(rf_x1=other),
                 "all without CD" + OURS: dict(losses=("gan", "rf", "bi"))}
     if kind == "methods":
         return {"SCFlow": {}, "cd": dict(method="cd", t_trunc=0.0),

@@ -31,9 +31,10 @@ from model import copy_of, flow_map, velocity_network
 from harness.run import Run
 from harness.script import parse_config
 from running import call, copy_faces, gen, half, is_picture, read, refused, rows, same, works
-from study import ablation, baselines, dimension, features, oversaturation, speed
+from study import ablation, baselines, crossing, dimension, features, oversaturation, speed
 
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
+WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
 SMALL = ("--steps 12 --teacher-steps 12 --channels 16 --blocks 1 --disc-channels 8 --batch-size 32 "
          "--teacher-batch-size 32 --lr-warmup 2 --threads 1 --n-rf 0 --n-gan 0 --log-every 4")
 PAIRS = "--pairs 64 --pair-steps 3"
@@ -787,12 +788,13 @@ def only_tables(monkeypatch):
 def test_the_ladder_is_trained_measured_and_kept(monkeypatch, only_tables):
     printed = works(small_table("losses", "--seeds 2"))
     for rung in ("CD", "CD, truncation (ours)", "+ GAN (ours)", "+ GAN, truncation", "+ RF",
-                 "+ BI (all)", "all without CD (ours)", "teacher", "data against data"):
+                 "+ BI (all)", "all, x1 fixed (ours)", "all without CD (ours)", "teacher",
+                 "data against data"):
         assert f"| {rung} " in printed
     root = Path("runs/ablation/moons")
-    assert is_picture(root / "figure6.png") and len(list(root.glob("*-[01]"))) == 2 * 8
+    assert is_picture(root / "figure6.png") and len(list(root.glob("*-[01]"))) == 2 * 9
     saved = json.loads((root / "losses.json").read_text())
-    assert len(saved["rows"]) == 2 * (3 + 7 * 2) and saved["ablation"] == "losses"
+    assert len(saved["rows"]) == 2 * (3 + 8 * 2) and saved["ablation"] == "losses"
     assert {row["seed"] for row in saved["rows"]} == {0, 1}
     for name, t_trunc, used in (("losses-cd", 0, "cd"), ("losses-cd-t_trunc-0.1", 0.1, "cd"),
                                 ("losses-cd-gan-t_trunc-0.0", 0, "cd gan"),
@@ -1008,6 +1010,23 @@ def test_the_film(moons_run):
     moved = np.array_split(abs(frames[4] - frames[-1])[40:], 4, axis=1)
     teacher, one, two, _ = (panel.mean() for panel in moved)
     assert teacher > 1 and max(one, two) < teacher             # after four calls they are done
+
+
+def test_crossing_of_lines_that_are_known():
+    # x1 = z1 / 2: no lines meet. x1 = (b, a) for z1 = (a, b): all with the same a + b meet, and
+    # there the variance of a is 1/2; the mean is predicted
+    apart = Field(lambda zt, t: zt / (1 + t))
+    meeting = Field(lambda zt, t: (2 * t - 1) * (zt - zt.flip(1)))
+    for network, wanted in ((apart, 0), (meeting, 0.5**0.5)):
+        found = crossing.crossing(network, n=2000, others=20_000)
+        assert found == pytest.approx((wanted, wanted), abs=0.03)
+
+
+def test_crossing_of_students(moons_run):
+    network, content, cfg = sample.open_network(moons_run / "student.pt")
+    numbers = "crossing {:.3f}, error {:.3f}".format(*crossing.crossing(network))
+    assert numbers in works("study.crossing runs/moons/student.pt")
+    refused(f"study.crossing {WEIGHTS / 'mnist/student.pt'}", "is of mnist; name students of")
 
 
 def test_oversaturation_in_closed_form():

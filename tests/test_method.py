@@ -456,6 +456,8 @@ def test_losses_pass_gradients_to_the_student_alone(shape, metric):
     losses.reflow_loss(f_t, x1).backward()
     assert x1.grad is None
     torch.testing.assert_close(f_t.grad, 2 * (f_t - x1).detach() / f_t.numel())
+    losses.reflow_loss(f_t, x1, free=True).backward()      # x1 moves by as much, to the other side
+    torch.testing.assert_close(x1.grad, 2 * (x1 - f_t).detach() / x1.numel())
 
 
 @SHAPES
@@ -633,7 +635,8 @@ def reference_step(net, z0, y, use, cfg, seed):
     terms["cd"] = ("cd" in use) * huber(f(net.student, zt, t) - aim)
     if "rf" in use:
         zr = (1 - across(t, z0)) * x1 + across(t, z0) * z1
-        terms["rf"] = ((x1 - f(net.student, zr, t)) ** 2).mean()
+        goal = f(net.student, z1, one) if cfg.rf_x1 == "free" else x1
+        terms["rf"] = ((goal - f(net.student, zr, t)) ** 2).mean()
     if "bi" in use:
         terms["bi"] = huber(f(net.student, zt, t) - f_hi)
     factor = {"cd": 1, "gan": cfg.l_gan, "rf": cfg.l_rf, "bi": cfg.l_bi}
@@ -649,12 +652,13 @@ def reference_step(net, z0, y, use, cfg, seed):
 
 
 @SHAPES
+@pytest.mark.parametrize("rf_x1", ["free", "fixed"])
 @pytest.mark.parametrize("use, n", [("cd", B), ("cd gan", B), ("cd rf", B), ("cd bi", B),
                                     ("cd gan rf bi", B), ("cd gan rf bi", 1), ("gan rf bi", B)])
-def test_a_step_equals_algorithm_1_written_plainly(shape, use, n):
+def test_a_step_equals_algorithm_1_written_plainly(shape, rf_x1, use, n):
     use = tuple(use.split())
     cfg = small(shape, losses=use, t_trunc=0.4, num_classes=3, r1=0.5, l_gan=0.7, l_rf=0.6,
-                l_bi=0.4, mu=0.8, ema=0.95)
+                l_bi=0.4, rf_x1=rf_x1, mu=0.8, ema=0.95)
     net = make_net(shape, cfg)
     z0, y = normal(shape, n, dtype=torch.float32), torch.arange(n) % 3
     expected_terms, after = reference_step(net, z0, y, use, cfg, seed=5)

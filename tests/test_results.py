@@ -27,6 +27,8 @@ KNOWN_WITHOUT_FILE = {"losses-mnist.json", "methods-mnist.json", "weights-checke
 # tables of docs/results.md that no file can tell: (section, first cell of the second line)
 BY_HAND = {("The losses one after the other (Table 4 and Figure 6)", "CD"),       # the paper's
            ("The weights and the number of elements", "2"), ("Precision", "MNIST, student"),
+           ("Why x1 is free in reflow", "CD"),
+           ("Why x1 is free in reflow", "`--rf-x1 fixed --l-rf 30`"),
            ("MNIST by class", "`--lr 4e-4 --lr-final 0 --t-trunc 0.2 --l-gan 0.03 --l-rf 0.05`")}
 
 
