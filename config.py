@@ -124,7 +124,8 @@ class Config:
 
 
 PRESETS = {
-    "8gaussians": dict(t_trunc=0.4, l_gan=3.0, l_rf=20.0, n_gan=0),  # narrow modes stay wide
+    "8gaussians": dict(                                # its narrow modes stay wide
+        t_trunc=0.4, l_gan=3.0, l_rf=20.0, rf_x1="fixed", n_gan=0),
     "mnist": dict(
         channels=32, blocks=1, patch_size=2, time_scale=1000.0, disc_channels=32,
         teacher_steps=2000, teacher_lr=1e-3, teacher_batch_size=128,

@@ -25,9 +25,8 @@ import losses
 import model
 import sample
 import train
-from config import (CAPTIONED_OFFICIAL, CIFAR10_MODELS, CIRCUMSTANCES, LATENT_SETS, MODELS,
-                    OFFICIAL, PRESETS,
-                    Config, field_comments, identity, make_config, section)
+from config import (CAPTIONED_OFFICIAL, CIFAR10_MODELS, CIRCUMSTANCES, DATASETS, LATENT_SETS,
+                    MODELS, OFFICIAL, PRESETS, Config, field_comments, identity, make_config, section)
 from harness import UserError
 from harness.script import Parser, add_field_flags
 from running import gen
@@ -458,6 +457,12 @@ def test_losses_pass_gradients_to_the_student_alone(shape, metric):
     torch.testing.assert_close(f_t.grad, 2 * (f_t - x1).detach() / f_t.numel())
     losses.reflow_loss(f_t, x1, free=True).backward()      # x1 moves by as much, to the other side
     torch.testing.assert_close(x1.grad, 2 * (x1 - f_t).detach() / x1.numel())
+
+
+def test_reflow_is_eq_9_for_all_images():
+    """x1 moves in reflow for points alone, and there not for 8gaussians."""
+    free = {name for name in DATASETS if Config(**PRESETS.get(name, {})).rf_x1 == "free"}
+    assert free == {"checkerboard", "moons", "spirals"}
 
 
 @SHAPES
