@@ -26,7 +26,8 @@ import model
 import sample
 import train
 from config import (CAPTIONED_OFFICIAL, CIFAR10_MODELS, CIRCUMSTANCES, DATASETS, LATENT_SETS,
-                    MODELS, OFFICIAL, PRESETS, Config, field_comments, identity, make_config, section)
+                    MODELS, OFFICIAL, PRESETS, Config, field_comments, identity, make_config,
+                    section)
 from harness import UserError
 from harness.script import Parser, add_field_flags
 from running import gen
