@@ -131,8 +131,7 @@ PRESETS = {
         teacher_steps=2000, teacher_lr=1e-3, teacher_batch_size=128,
         steps=4000, batch_size=16, lr=1.5e-3, disc_lr=1e-3, lr_final=1.0, huber_c=0.01,
         t_trunc=0.1, t_skip=0.2, l_gan=0.02, l_rf=0.02, l_bi=0.1, n_gan=0, n_rf=400, r1=1.0,
-        rf_x1="fixed",
-        pairs=5000, pair_steps=50,
+        rf_x1="fixed", pairs=5000, pair_steps=50,
         save_every=400, preview_every=800,
     ),
 }

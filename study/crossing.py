@@ -10,6 +10,7 @@ import torch
 import sample
 from harness import UserError
 from harness.script import make_parser, run_script
+from losses import interpolate, z0_prediction
 
 
 @torch.no_grad()
@@ -18,13 +19,15 @@ def crossing(network, n=4000, others=200_000):
 
     Half of the mean squared difference of two samples is their variance.
     """
-    z1 = torch.randn(n + others, 2, generator=torch.Generator().manual_seed(0))
-    x1 = torch.cat([z - network(z, torch.ones(len(z))) for z in z1.split(10_000)])
-    zr = (z1 + x1) / 2
+    z1 = sample.noise((2,), n + others, seed=0)
+    x1 = sample.draw(network, (2,), n + others, 1, seed=0, batch=10_000)
+    half = torch.full((n + others,), 0.5)
+    zr = interpolate(x1, z1, half)
     nearest = torch.cat([torch.cdist(z, zr[n:]).argmin(1) for z in zr[:n].split(500)])
-    f_r = zr[:n] - network(zr[:n], torch.full((n,), 0.5)) / 2
-    return tuple((difference.square().mean() / k).sqrt().item()
-                 for difference, k in ((x1[n:][nearest] - x1[:n], 2), (f_r - x1[:n], 1)))
+    f_r = z0_prediction(network, zr[:n], half[:n])
+    variance = (x1[n:][nearest] - x1[:n]).square().mean() / 2
+    error = (f_r - x1[:n]).square().mean()
+    return variance.sqrt().item(), error.sqrt().item()
 
 
 def main(argv=None):
