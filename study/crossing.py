@@ -35,8 +35,9 @@ def main(argv=None):
     parser.add_argument("students", nargs="+", metavar="STUDENT", help="student.pt of points")
     for path in parser.parse_args(argv).students:
         network, content, cfg = sample.open_network(path)
-        if tuple(content["shape"]) != (2,):
-            raise UserError(f"{path} is of {cfg.dataset}; name students of points")
+        if tuple(content["shape"]) != (2,) or cfg.condition != "none":
+            raise UserError(f"{path} is of {cfg.dataset}, with --condition {cfg.condition}; name "
+                            "students of points that are unconditional")
         print("{}: crossing {:.3f}, error {:.3f}".format(path, *crossing(network)))
 
 

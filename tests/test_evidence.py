@@ -1026,7 +1026,10 @@ def test_crossing_of_students(moons_run):
     network, content, cfg = sample.open_network(moons_run / "student.pt")
     numbers = "crossing {:.3f}, error {:.3f}".format(*crossing.crossing(network))
     assert numbers in works("study.crossing runs/moons/student.pt")
-    refused(f"study.crossing {WEIGHTS / 'mnist/student.pt'}", "is of mnist; name students of")
+    works(f"train.py --dataset 8gaussians --condition class {SMALL} --out by-class")
+    for student, what in ((WEIGHTS / "mnist/student.pt", "is of mnist, with --condition class"),
+                          ("by-class/student.pt", "is of 8gaussians, with --condition class")):
+        refused(f"study.crossing {student}", what, "students of points that are unconditional")
 
 
 def test_oversaturation_in_closed_form():
