@@ -130,7 +130,7 @@ PRESETS = {
         channels=32, blocks=1, patch_size=2, time_scale=1000.0, disc_channels=32,
         teacher_steps=2000, teacher_lr=1e-3, teacher_batch_size=128,
         steps=4000, batch_size=16, lr=1.5e-3, disc_lr=1e-3, lr_final=1.0, huber_c=0.01,
-        t_trunc=0.1, t_skip=0.2, l_gan=0.02, l_rf=0.02, l_bi=0.1, n_gan=0, n_rf=400, r1=1.0,
+        t_trunc=0.1, t_skip=0.4, l_gan=0.02, l_rf=0.02, l_bi=0.1, n_gan=0, n_rf=400, r1=1.0,
         rf_x1="fixed", pairs=5000, pair_steps=50,
         save_every=400, preview_every=800,
     ),
@@ -139,7 +139,7 @@ PRESETS = {
 PRESETS["captions"] = PRESETS["mnist"] | dict(
     condition="text", guidance=1.5, lr_warmup=200,
     teacher_steps=1600, teacher_lr=1.5e-3, teacher_batch_size=64,
-    steps=1200, batch_size=32, disc_lr=2e-4, t_skip=0.4, l_gan=0.002)
+    steps=1200, batch_size=32, disc_lr=2e-4, l_gan=0.002)
 PRESETS["captions-digits"] = PRESETS["captions"] | dict(
     teacher_steps=6500, guidance=2.0, l_gan=0.001, l_rf=0.005, l_bi=0.02)
 
