@@ -130,7 +130,7 @@ PRESETS = {
         channels=32, blocks=1, patch_size=2, time_scale=1000.0, disc_channels=32,
         teacher_steps=2000, teacher_lr=1e-3, teacher_batch_size=128,
         steps=4000, batch_size=16, lr=1.5e-3, disc_lr=1e-3, lr_final=1.0, huber_c=0.01,
-        t_trunc=0.1, t_skip=0.4, l_gan=0.02, l_rf=0.02, l_bi=0.1, n_gan=0, n_rf=400, r1=1.0,
+        t_skip=0.4, l_gan=0.02, l_rf=0.02, l_bi=0.1, n_gan=0, n_rf=400, r1=1.0,
         rf_x1="fixed", pairs=5000, pair_steps=50,
         save_every=400, preview_every=800,
     ),
@@ -145,11 +145,11 @@ PRESETS["captions-digits"] = PRESETS["captions"] | dict(
 
 # CIFAR-10, which FGM's authors measured. These settings were never trained to their end.
 PRESETS["cifar10"] = dict(
-    time_scale=1000.0, attention=(1,), disc_channels=64,
+    time_scale=1000.0, disc_channels=64,
     teacher_steps=100_000, teacher_lr=2e-4, teacher_batch_size=128, teacher_ema=0.9999,
     steps=50_000, batch_size=128, lr=1e-4, disc_lr=2e-4, lr_warmup=1000, ema=0.9995, huber_c=0.01,
     t_trunc=0.4, l_gan=0.1, l_rf=0.1, rf_x1="fixed", l_bi=0.1, n_gan=0, n_bi=1000, r1=1.0,
-    save_every=1000, preview_every=5000)
+    preview_every=5000)
 CIFAR10_MODELS = {                                     # 7 M parameters; or 57 M, as EDM's network
     "small": dict(channels=64, mult=(1, 2, 2), blocks=2),
     "paper": dict(channels=128, mult=(2, 2, 2), blocks=4, teacher_steps=400_000, lr=2e-5)}
@@ -168,7 +168,7 @@ LATENTS = dict(
     pair_steps=500,
     teacher_steps=120_500, teacher_lr=2e-5, teacher_batch_size=112,        # (l)
     teacher_ema=0.9999,                                # LFM has none by default
-    save_every=1000, preview_every=5000, keep_every=25_000,
+    preview_every=5000, keep_every=25_000,
 )
 PRESETS["celebahq"] = LATENTS | dict(data_dir="data/celebahq")
 PRESETS["folder"] = LATENTS | dict(data_dir="")
