@@ -1,7 +1,7 @@
 """Settings: one dataclass. The comment behind each field is its documentation and its --help.
 
 Each data set has a preset, which lists only the values that differ from the defaults below. Every
-field is a flag (`t_skip` is `--t-skip`). A flag that is given wins over the preset.
+field but num_classes is a flag (`t_skip` is `--t-skip`). A flag that is given wins over the preset.
 """
 
 import inspect
@@ -163,7 +163,7 @@ LATENTS = dict(
     batch_size=32, steps=168_750,                      # 200 epochs of 27,000 (o)
     lr=1e-5, disc_lr=1e-5, disc_betas=(0.9, 0.999),    # AdamW (o)
     lr_final=1.0, lr_warmup=0, ema=0.9999,             # constant rates, an EMA to sample from (o)
-    t_trunc=0.4, truncation="current", metric="l2",    # and t_skip 0.1, mu 0.9, as everywhere
+    t_trunc=0.4, truncation="current", metric="l2",    # and the defaults of t_skip, mu
     l_gan=0.1, l_rf=0.1, rf_x1="fixed", l_bi=0.1, n_gan=0, n_rf=1000, n_bi=1000, r1=1.0,  # R1 (o)
     pair_steps=500,
     teacher_steps=120_500, teacher_lr=2e-5, teacher_batch_size=112,        # (l)
@@ -174,16 +174,15 @@ PRESETS["celebahq"] = LATENTS | dict(data_dir="data/celebahq")
 PRESETS["folder"] = LATENTS | dict(data_dir="")
 
 # the official code where it differs from the paper; its warm-ups are `iter > N`
-OFFICIAL = dict(metric="pseudo-huber", huber_c=0.01, truncation="landing", lr=2e-5, disc_lr=1e-4,
-                n_gan=1, n_rf=1001, n_bi=1001)
+OFFICIAL_LOSSES = dict(metric="pseudo-huber", huber_c=0.01, truncation="landing")
+OFFICIAL = OFFICIAL_LOSSES | dict(lr=2e-5, disc_lr=1e-4, n_gan=1, n_rf=1001, n_bi=1001)
 
 # Text to image, the paper's second experiment: what the paper says, then the settings of its
 # script. What the paper does not state is taken from the script (learning rates: both).
 PRESETS["captioned"] = LATENTS | dict(
     data_dir="", image_size=512, vae="pipeline", condition="text", guidance=1.5,
     batch_size=40, steps=18_000, ema=0.9995, r1=0.0)
-CAPTIONED_OFFICIAL = dict(metric="pseudo-huber", huber_c=0.01, truncation="landing", t_trunc=0.1,
-                          n_gan=500, n_rf=0, n_bi=500)
+CAPTIONED_OFFICIAL = OFFICIAL_LOSSES | dict(t_trunc=0.1, n_gan=500, n_rf=0, n_bi=500)
 
 # the teacher of the paper's network, as LFM published it; no hash of it is known
 LFM_TEACHER = ("model_480.pth (Google Drive id 1AIuMr5Ewti6_wQAJdM9elsrERwrxI9Sb; the package "
@@ -192,17 +191,18 @@ LFM_TEACHER = ("model_480.pth (Google Drive id 1AIuMr5Ewti6_wQAJdM9elsrERwrxI9Sb
 MODELS = {
     "paper": dict(channels=256, mult=(1, 2, 2, 2), blocks=2, attention=(3,), heads=4,
                   time_scale=1.0, disc_channels=128, teacher_lr_final=0.5),        # to 1e-5 (l)
-    "small": dict(channels=80, mult=(1, 2, 2, 2), blocks=2, attention=(2, 3), heads=4,
-                  time_scale=1000.0, disc_channels=64,
-                  teacher_steps=60_000, teacher_lr=2e-4, teacher_batch_size=64, lr_final=0.0,
-                  lr_warmup=500, steps=20_000, lr=5e-5, disc_lr=2e-4),
-    "tiny": dict(channels=40, mult=(1, 2), blocks=1, attention=(1,), heads=4, patch_size=2,
-                 time_scale=1000.0, disc_channels=32,
-                 teacher_steps=3000, teacher_lr=1e-3, teacher_batch_size=64, teacher_ema=0.998,
-                 lr_final=0.0, lr_warmup=100, steps=1200, batch_size=32, lr=4e-4, disc_lr=5e-4,
-                 disc_betas=(0.0, 0.99), ema=0.995, metric="pseudo-huber", huber_c=0.01,
-                 truncation="landing",
-                 l_gan=0.02, l_rf=1.0, n_rf=200, n_bi=0, save_every=200, preview_every=400),
+    "small": OFFICIAL_LOSSES | dict(
+        channels=80, mult=(1, 2, 2, 2), blocks=2, attention=(2, 3), heads=4,
+        time_scale=1000.0, disc_channels=64,
+        teacher_steps=60_000, teacher_lr=2e-4, teacher_batch_size=64, lr_final=0.0,
+        lr_warmup=500, steps=20_000, lr=5e-5, disc_lr=2e-4),
+    "tiny": OFFICIAL_LOSSES | dict(
+        channels=40, mult=(1, 2), blocks=1, attention=(1,), heads=4, patch_size=2,
+        time_scale=1000.0, disc_channels=32,
+        teacher_steps=3000, teacher_lr=1e-3, teacher_batch_size=64, teacher_ema=0.998,
+        lr_final=0.0, lr_warmup=100, steps=1200, batch_size=32, lr=4e-4, disc_lr=5e-4,
+        disc_betas=(0.0, 0.99), ema=0.995,
+        l_gan=0.02, l_rf=1.0, n_rf=200, n_bi=0, save_every=200, preview_every=400),
 }
 
 

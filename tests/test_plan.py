@@ -53,9 +53,10 @@ def test_the_papers_network_is_trained_as_its_authors_did(dataset):
 
 
 @pytest.mark.parametrize("name", ["small", "tiny"])
-def test_the_smaller_models_are_not_of_the_official_preset(name):
+def test_the_smaller_models_have_the_official_losses_but_not_its_rates(name):
     cfg, expected = make_config("folder", model=name), LATENTS | MODELS[name]
     assert {n: getattr(cfg, n) for n in expected} == expected and cfg.preset == ""
+    assert (cfg.metric, cfg.huber_c, cfg.truncation) == ("pseudo-huber", 0.01, "landing")
     assert cfg.teacher_lr_final == cfg.lr_final == 0
 
 
