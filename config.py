@@ -99,10 +99,10 @@ class Config:
     huber_c: float = 0.2            # pseudo-Huber's c: quadratic below this difference
     mu: float = 0.9                 # decay of theta~, the average that makes targets for CD and BI
     ema: float = 0.998              # decay of the average that is sampled from
-    l_gan: float = 30.0             # weight of the GAN loss (Eq. 7)
-    l_rf: float = 60.0              # weight of the reflow loss (Eq. 9)
+    l_gan: float = 1.0              # weight of the GAN loss (Eq. 7)
+    l_rf: float = 1.0               # weight of the reflow loss (Eq. 9)
     rf_x1: Literal["free", "fixed"] = "free"  # does RF also move x1, or not, as in Eq. 9?
-    l_bi: float = 0.05              # weight of the bidirectional loss (Eq. 10)
+    l_bi: float = 1.0               # weight of the bidirectional loss (Eq. 10)
     n_gan: int = 500                # first iteration with the GAN, counted from 0
     n_rf: int = 1000                # first iteration with reflow
     n_bi: int = 0                   # first iteration with the bidirectional loss
@@ -125,7 +125,7 @@ class Config:
 
 PRESETS = {
     "8gaussians": dict(                                # its narrow modes stay wide
-        t_trunc=0.4, l_gan=3.0, l_rf=20.0, rf_x1="fixed", n_gan=0),
+        t_trunc=0.4, l_gan=3.0, l_rf=20.0, rf_x1="fixed", l_bi=0.05, n_gan=0),
     "mnist": dict(
         channels=32, blocks=1, patch_size=2, time_scale=1000.0, disc_channels=32,
         teacher_steps=2000, teacher_lr=1e-3, teacher_batch_size=128,

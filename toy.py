@@ -48,17 +48,17 @@ def student_loss(teacher, student, target, disc, opt_disc, z0, step):
     # consistency, truncated near the data (Eq. 8), and bidirectional (Eq. 10)
     f_t = L.z0_prediction(student, zt, t)
     loss = L.consistency_loss(f_t, f_lo, z0, t, t - d_s, t_trunc=0.1, c=0.2)
-    loss = loss + 0.05 * L.bidirectional_loss(f_t, f_hi, c=0.2)
+    loss = loss + L.bidirectional_loss(f_t, f_hi, c=0.2)
     if step >= 500:                                # GAN on the one-step sample x1 (Eq. 7)
         x1, real = L.z0_prediction(student, z1, torch.ones(len(z1))), z0.clone().requires_grad_()
         d_real, d_fake = disc(real), disc(x1.detach())
         loss_d = L.discriminator_loss(d_real, d_fake) + 0.1 / 2 * L.r1_penalty(d_real, real)
         loss_d.backward()
         opt_disc.step(), opt_disc.zero_grad()
-        loss = loss + 30 * L.generator_loss(disc(x1))
+        loss = loss + L.generator_loss(disc(x1))
     if step >= 1000:                               # reflow, a straight line from z1 to x1 (Eq. 9)
         zr = L.interpolate(x1.detach(), z1, t)     # free: x1 moves, too (ours)
-        loss = loss + 60 * L.reflow_loss(L.z0_prediction(student, zr, t), x1, free=True)
+        loss = loss + L.reflow_loss(L.z0_prediction(student, zr, t), x1, free=True)
     return loss
 
 

@@ -80,7 +80,8 @@ def cells(kind, default):
                 for value in table.get(name, ())}
     names = ("l_gan", "l_rf", "l_bi")
     table = {"{:g}, {:g}, {:g}".format(*row): dict(zip(names, row)) for row in WEIGHTS}
-    table["default" + OURS] = {}
+    if tuple(getattr(default, name) for name in names) not in WEIGHTS:
+        table["default" + OURS] = {}
     return table | {f"{name} = {value:g}{OURS}": {name: value} for name in names
                     for value in (0.0, rounded(3 * getattr(default, name)))}
 
