@@ -1,4 +1,4 @@
-"""The whole method on one page: `python toy.py`, about a minute on one CPU core, makes toy.png.
+"""The whole method on one page: `python toy.py`, a minute or two on one CPU core, makes toy.png.
 
 A teacher learns a checkerboard by flow matching. A student is distilled from it with the four
 losses of SCFlow. Then both draw samples in 1, 2 and 4 steps. t = 1 is noise, t = 0 is data.

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 FLOOR = "data against data"
 # files that the text names, but whose runs were made before the files were kept; this must shrink
-KNOWN_WITHOUT_FILE = {"losses-mnist.json", "times-checkerboard.json"}
+KNOWN_WITHOUT_FILE = {"losses-mnist.json"}
 # tables of docs/results.md that no file can tell: (section, first cell of the second line)
 BY_HAND = {("The losses one after the other (Table 4 and Figure 6)", "CD"),       # the paper's
            ("The weights and the number of elements", "2"), ("Precision", "MNIST, student"),
