@@ -269,8 +269,10 @@ def load_state(part, state, path):
                 alike(moments[name], parameters[i]) for name in ("exp_avg", "exp_avg_sq"))
             if not fits:
                 raise ValueError("its moments have other shapes")
-        # rates and betas come from the settings
+        # betas come from the settings; the rate is that of the last iteration
         part.load_state_dict({**part.state_dict(), "state": state["state"]})
+        for group, saved in zip(part.param_groups, state["param_groups"]):
+            group["lr"] = saved["lr"]
     except (ValueError, LookupError, TypeError, AttributeError) as e:
         raise UserError(f"{path} holds an optimiser that does not fit its network ({e}); start "
                         "anew with --overwrite or another --out") from e

@@ -827,6 +827,18 @@ def quiet_train(argv):
     train.main(argv)
 
 
+@pytest.mark.parametrize("kind", ["teacher", "student"])
+def test_killed_after_the_last_iteration_and_before_the_result(kind):
+    line = f"train.py {SIZES} --dataset moons --steps 4 --teacher-steps 4"
+    works(f"{line} --out whole")
+    shutil.copytree("whole", "torn")
+    for path in Path("torn").glob("*.pt"):
+        if kind == "teacher" and path.name.startswith("student") or path.name == f"{kind}.pt":
+            path.unlink()
+    works(f"{line} --out torn --resume")
+    assert_same_run("torn", "whole")
+
+
 def test_kill_9_at_random_moments(monkeypatch):
     long = f"{SIZES} --dataset moons --steps 60 --teacher-steps 60 --save-every 1 --log-every 1"
     # a server that has imported torch (and what an optimiser imports when first used) forks each
