@@ -1,5 +1,6 @@
 """What a run on latents will do, need and cost, printed before it begins."""
 
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -15,14 +16,14 @@ from losses import flow_matching_loss
 from model import copy_of, discriminator, velocity_network
 
 GIB = 2**30
-ABOUT = "celebahq, folder: time ten iterations, print what the run will do and need, and stop"
+ABOUT = "celebahq, folder: time iterations, print what the run will do and need, and stop"
 
 
 def show(run, only, begin, step):
     """Prints the plan of a new run on celebahq or folder. Returns `only`: whether that is all.
 
-    begin and step are train.begin and train.scflow_step. Ten iterations are timed on a GPU, or if
-    the plan is all. The run's own networks and random numbers do not change. Raises UserError if
+    begin and step are train.begin and train.scflow_step. Iterations are timed on a GPU, or if the
+    plan is all. The run's own networks and random numbers do not change. Raises UserError if
     the disk is too small for what the run will keep.
     """
     cfg, device = run.cfg, run.device
@@ -36,9 +37,11 @@ def show(run, only, begin, step):
     with torch.random.fork_rng(devices=[device] if cuda else []):
         theta, disc, memory = sizes(cfg, run.shape)
         if (only or cuda) and cfg.method in ("scflow", "cd"):
-            seconds.append(median_seconds(iteration(cfg, run.shape, device, begin, step)))
+            seconds.append(measured(cfg, cfg.batch_size, device,
+                                    lambda cfg: iteration(cfg, run.shape, device, begin, step)))
             if not teacher:
-                seconds.append(median_seconds(pretraining(cfg, run.shape, device)))
+                seconds.append(measured(cfg, cfg.teacher_batch_size, device,
+                                        lambda cfg: pretraining(cfg, run.shape, device)))
     if seconds and cuda:
         memory += f"; measured: {torch.cuda.max_memory_allocated() / GIB:.3g}"
         torch.cuda.empty_cache()
@@ -88,7 +91,7 @@ def hours(cfg, seconds):
     parts = zip(seconds, ("student", "teacher"), (cfg.steps, cfg.teacher_steps))
     return ", ".join(f"about {float(f'{one * steps / 3600:.2g}'):,g} hours for the {name} "
                      f"({one:.3g} s per iteration)" for one, name, steps in parts) or (
-        "unknown; add --plan to time ten iterations (of --method scflow or cd)")
+        "unknown; add --plan to time iterations (of --method scflow or cd)")
 
 
 # ------------------------------------------------------------------------------ memory and time
@@ -170,10 +173,25 @@ def noise(cfg, n, shape, device, network):
     return torch.randn(n, *shape, device=device), y
 
 
-def median_seconds(function):
-    """Median of ten calls, which must wait for their result, after two that warm up."""
+def measured(cfg, batch, device, make):
+    """Seconds per iteration of make(cfg), with `batch` samples on all processes.
+
+    On a CPU, ten iterations of a large network take hours. So one of a single sample is timed
+    first. If the whole batch would take more than 5 s, the answer is the batch times this.
+    """
+    if device.type == "cpu":
+        single = replace(cfg, batch_size=machine.WORLD, teacher_batch_size=machine.WORLD,
+                         grad_accum=1)
+        seconds = median_seconds(make(single), calls=1) * batch / machine.WORLD
+        if seconds > 5:
+            return seconds
+    return median_seconds(make(cfg))
+
+
+def median_seconds(function, calls=10):
+    """Median of some calls, which must wait for their result, after two that warm up."""
     times = [perf_counter()]
-    for _ in range(12):
+    for _ in range(2 + calls):
         function()
         times.append(perf_counter())
     return median(b - a for a, b in zip(times[2:], times[3:]))

@@ -168,6 +168,21 @@ def test_the_median_of_ten_without_the_first_two(monkeypatch):
     assert plan.median_seconds(function) == 5.5
 
 
+@pytest.mark.parametrize("slow", [True, False])
+def test_on_a_slow_cpu_the_plan_times_one_sample(slow, monkeypatch):
+    now, batches = [0.0], []
+    monkeypatch.setattr(plan, "perf_counter", lambda: now[0])
+
+    def make(cfg):
+        def function():
+            batches.append(cfg.batch_size)
+            now[0] += cfg.batch_size * (1 if slow else 0.125)
+        return function
+    cfg = small(batch_size=32, grad_accum=4)
+    assert plan.measured(cfg, 32, CPU, make) == (32 if slow else 4)
+    assert batches == [1] * 3 + ([] if slow else [32] * 12)
+
+
 def test_timing_changes_nothing_of_the_run(faces_dir, taef2_files, monkeypatch):
     more = f"--data-dir {faces_dir} --vae taef2 --vae-weights {' '.join(map(str, taef2_files))}"
     monkeypatch.setattr("latents.files_in", lambda path: [f"{i:04}.jpg" for i in range(1, 13)])
