@@ -349,7 +349,7 @@ def write_raw(args, network, shape, cfg):
         save_pngs(folder, batches())
     else:
         save_npz(file, batches(), n, shape if decode is same else (3, size, size))
-    return f"{file or folder}: {n} samples, {nfe * calls(network)} NFE, {args.solver},"
+    return f"{file or folder}: {n} samples, {nfe * calls(network)} NFE, {args.solver}"
 
 
 def write_picture(args, networks, shape, cfg, folder):
