@@ -31,6 +31,8 @@ def test_the_list_of_files_is_complete():
 
 def test_links_and_pictures_are_there_and_pictures_are_small():
     for path, page in PAGES.items():
+        titles = re.findall(r"^##+ (.+)$", page, re.M)
+        assert len(set(titles)) == len(titles), f"{path.name}: a link could mean two of the titles"
         links = re.findall(r"(!?)\[[^]]*\]\((?!http)([^)# ]*)#?([^) ]*)[^)]*\)", page)
         for picture, target, title in links:
             file = path.parent / target if target else path

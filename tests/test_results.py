@@ -28,7 +28,7 @@ BY_HAND = {("The losses one after the other (Table 4 and Figure 6)", "CD"),     
            ("The weights and the number of elements", "2"), ("Precision", "MNIST, student"),
            ("Why x1 is free in reflow", "CD"),
            ("Why x1 is free in reflow", "`--rf-x1 fixed --l-rf 30`"),
-           ("MNIST", "0.2"),
+           ("MNIST", "0.2"), ("8gaussians", "the preset"),
            ("MNIST by class", "`--lr 4e-4 --lr-final 0 --t-trunc 0.2 --l-gan 0.03 --l-rf 0.05`")}
 
 
