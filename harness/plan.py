@@ -23,8 +23,8 @@ def show(run, only, begin, step):
     """Prints the plan of a new run on celebahq or folder. Returns `only`: whether that is all.
 
     begin and step are train.begin and train.scflow_step. Iterations are timed on a GPU, or if the
-    plan is all. The run's own networks and random numbers do not change. Raises UserError if
-    the disk is too small for what the run will keep.
+    plan is all. The run's own networks and random numbers do not change. Raises UserError if the
+    disk is too small for what the run will keep.
     """
     cfg, device = run.cfg, run.device
     if only and cfg.dataset not in UNCAPTIONED_SETS:
@@ -189,7 +189,7 @@ def measured(cfg, batch, device, make):
 
 
 def median_seconds(function, calls=10):
-    """Median of some calls, which must wait for their result, after two that warm up."""
+    """Median of `calls` calls, which must wait for their result, after two that warm up."""
     times = [perf_counter()]
     for _ in range(2 + calls):
         function()

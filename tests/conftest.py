@@ -8,7 +8,7 @@ import pytest
 import torch
 
 os.environ["MPLBACKEND"] = "Agg"
-os.environ["OMP_NUM_THREADS"] = "1"                # of the processes that tests start
+os.environ["OMP_NUM_THREADS"] = "1"                # else choose_device takes all cores
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)

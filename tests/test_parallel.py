@@ -191,7 +191,7 @@ def moons(tmp_path_factory):
         ended = subprocess.run(
             [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
              REPO / "train.py", *f"{MOONS} --out runs/two".split()],
-            env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+            env=os.environ | {"GLOO_SOCKET_IFNAME": "lo"},
             text=True, capture_output=True, timeout=180)
     finally:
         os.chdir(before)

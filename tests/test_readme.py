@@ -29,17 +29,21 @@ def test_the_list_of_files_is_complete():
     assert set(re.findall(r"`(\w+(?:\.py|/))`", listed)) == files
 
 
+def titles_of(page):
+    return re.findall(r"^#+ (.+)$", page, re.M)
+
+
 def test_links_and_pictures_are_there_and_pictures_are_small():
     for path, page in PAGES.items():
-        titles = re.findall(r"^##+ (.+)$", page, re.M)
+        titles = titles_of(page)
         assert len(set(titles)) == len(titles), f"{path.name}: a link could mean two of the titles"
         links = re.findall(r"(!?)\[[^]]*\]\((?!http)([^)# ]*)#?([^) ]*)[^)]*\)", page)
         for picture, target, title in links:
             file = path.parent / target if target else path
             assert file.exists(), target
             assert not picture or file.stat().st_size < 300_000, target
-            titles = re.findall(r"^#+ (.+)$", PAGES.get(file.resolve(), ""), re.M)
-            anchors = [re.sub(r"[^\w -]", "", t.lower()).replace(" ", "-") for t in titles]
+            anchors = [re.sub(r"[^\w -]", "", t.lower()).replace(" ", "-")
+                       for t in titles_of(PAGES.get(file.resolve(), ""))]
             assert not title or title in anchors, title
 
 
