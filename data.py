@@ -2,8 +2,8 @@
 
 Every data set is an object with `shape` (of one sample), `size` (how many samples; None means
 endless), `key` (a short text that differs if the data differ), `batch(n, draws)` -> (z0, y): z0
-float32 (n, *shape), y int64 (n,) labels or None, and `decode(z0)` -> images in [-1, 1] (of
-latents; else z0 itself).
+float32 (n, *shape), y None, int64 labels (n,) or words (n, L), and `decode(z0)` -> images in
+[-1, 1] (of latents; else z0 itself).
 """
 
 import math

@@ -3,8 +3,8 @@
 Notation of the paper throughout: z0 data, z1 noise, t in [0, 1] with t = 1 noise and t = 0 data,
 zt = (1 - t) z0 + t z1, velocity v = z1 - z0, and the z0-prediction f(z, t) = z - t v(z, t).
 Points (B, 2), images and latents (B, C, H, W) share every line; t always has shape (B,).
-Every loss is a mean over all elements (R1: over samples). What the paper marks sg (stop-gradient)
-is detached here.
+Every loss is a mean over all elements (R1: over samples). Goals that the paper marks sg
+(stop-gradient) are detached here. The caller detaches x1 inside zr, and x1 that D learns from.
 """
 
 import torch

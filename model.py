@@ -1,7 +1,8 @@
 """Networks: velocity models v(zt, t, y) for points and images, discriminators D(z, y), EMA.
 
 Velocity networks are called `model(zt, t, y=None)`. zt is (B, 2) or (B, C, H, W), t is (B,) in
-[0, 1] with t = 1 noise and t = 0 data, y is (B,) int64 labels. The answer has the shape of zt.
+[0, 1] with t = 1 noise and t = 0 data. y is (B,) int64 labels, (B, L) int64 words of captions,
+(B, L, D) embeddings of text (Stable Diffusion), or None. The answer has the shape of zt.
 """
 
 import copy
@@ -59,7 +60,7 @@ class Text(nn.Module):
         super().__init__()
         self.length = length
         self.words = nn.Embedding(words, dim)
-        self.positions = nn.Parameter(torch.randn(length, dim))   # as large as words
+        self.positions = nn.Parameter(torch.randn(length, dim))   # N(0, 1), as nn.Embedding
         self.block = nn.TransformerEncoderLayer(dim, 4, 2 * dim, dropout=0.0, batch_first=True,
                                                 norm_first=True)
 
@@ -326,7 +327,7 @@ class UNet(VelocityNetwork):
             emb = emb + self.label_emb(y, len(zt))
         if self.text is not None:
             words = self.text(y, len(zt))
-            # the mean is small beside a label's embedding, and with it digits are learnt slowly
+            # the sum: with the mean, which is much smaller, digits are learnt slowly
             emb = emb + self.words_emb(words.sum(1))
 
         kept = []
@@ -369,8 +370,8 @@ class DownBlock(nn.Module):
 
     def forward(self, x):
         h = F.leaky_relu(self.conv1(F.leaky_relu(x, 0.2)), 0.2)
-        # a 1x1 convolution and average pooling commute; pooling first is cheaper
         h = F.avg_pool2d(self.conv2(h), 2, ceil_mode=True)
+        # skip, a 1x1 convolution, and average pooling commute; pooling first is cheaper
         return (h + self.skip(F.avg_pool2d(x, 2, ceil_mode=True))) / math.sqrt(2)
 
 

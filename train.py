@@ -32,7 +32,7 @@ def losses_in_use(cfg, step):
 def scflow_step(net, batch, step, cfg, draws):
     """One iteration of Algorithm 1: updates D, theta, theta~. Returns the terms for the log.
 
-    net comes from `begin`; batch is (z0, y), data (B, ...) and labels (B,) or None; draws are the
+    net comes from `begin`; batch is (z0, y), data (B, ...) and labels, words or None; draws are the
     iteration's random numbers. The student sees 3B samples, theta~ 2B, the teacher B.
     """
     z0, y = batch

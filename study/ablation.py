@@ -1,6 +1,6 @@
 """The paper's tables as grids of runs: `python -m study.ablation losses`.
 
-    losses   Table 4: CD, + GAN and truncation, + RF, + BI; draws Figure 6
+    losses   Table 4: CD, + GAN and truncation (as we read it), + RF, + BI; draws Figure 6
     weights  Table 5: the weights of GAN, RF and BI, changed together; ours: one at a time
     times    Table 6: t_trunc, mu and t_skip, one changed at a time
     methods  Table 3: SCFlow and the baselines, all with the same compute

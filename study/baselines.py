@@ -7,9 +7,9 @@
     fgm             flow generator matching: one step, no data, an online flow beside the teacher
 
 Each step takes the arguments of scflow_step in train.py, and replaces it. Student, teacher,
-learning rates and averages are the same. How FGM's authors train it we could not obtain. RealUID's
-run of FGM (arXiv 2509.22459) has alpha 0.5, rates of 3e-5, betas 0 and 0.999 and a clip of 1, for
-both networks: `study.ablation fgm` compares.
+learning rates and averages are the same (for cifar10, fgm has RealUID's). How FGM's authors train
+it we could not obtain. RealUID's run of FGM (arXiv 2509.22459) has alpha 0.5, rates of 3e-5, betas
+0 and 0.999 and a clip of 1, for both networks: `study.ablation fgm` compares.
 """
 
 import math
@@ -161,10 +161,10 @@ def fgm_loss(u, v, c, alpha=1.0):
     """-2 alpha || u - v ||^2 + 2 <u - v, u - c>: the generator's side of flow generator matching.
 
     u, v are the velocities of teacher and online flow at the generator's own zt, c = z1 - z0, all
-    (B, ...); gradients flow through zt and c. Mean over all elements. alpha = 0.5 is L1 + L2 of
-    Huang et al. (arXiv 2410.19310), as derived. RealUID measured this (its own letter alpha is 1
-    there). alpha = 1 is L2 alone, the paper's practice as others report it. Rebuilt from RealUID
-    and public reviews.
+    (B, ...); gradients flow through zt and c. Mean over all elements. alpha = 0.5 is L1 + L2, the
+    whole loss of Huang et al. (arXiv 2410.19310); RealUID ran this, and calls it alpha = 1. Ours,
+    alpha = 1, is L2 alone, which Huang et al. used, as others report. Rebuilt from RealUID and
+    public reviews.
     """
     return 2 * ((u - v) * (u - c) - alpha * (u - v).square()).mean()
 
