@@ -242,7 +242,7 @@ def make_table(args, given):
                              reference, settings, seed)
         if label != "teacher":
             trained.setdefault(label, []).append((cfg, content.get("seconds", 0)))
-        if seed == args.seed and args.kind == "losses" and OURS not in label and not args.only:
+        if seed == args.seed and args.kind == "losses" and OURS not in label:
             ladder.append((label, network, (1, 4)))
 
     text, spent = evaluate.report(args.dataset, reference, rows, args.solver), costs(trained)
@@ -252,7 +252,7 @@ def make_table(args, given):
                    "\n\n".join([f"{TABLES[args.kind]}: {text}", spent, *diverged]),
                    ablation=args.kind, seeds=args.seeds, solver=args.solver, diverged=diverged,
                    costs=spent)
-    if ladder:
+    if len(ladder) > 2:                            # more than the teacher and one row
         picture = sample.strips(root / "figure6.png", ladder, shape, (1, 4), args.seed,
                                 settings["device"], columns=8, decode=settings["decode"],
                                 across=len(shape) == 1,

@@ -812,6 +812,12 @@ def test_the_ladder_is_trained_measured_and_kept(monkeypatch, only_tables):
     assert "| + RF " in works(small_table("losses", "--seeds 2"))
     assert json.loads((root / "losses.json").read_text())["rows"] == saved["rows"]
 
+    # some rows alone have a table and, from two rows on, a picture
+    for only, drawn in (("CD", False), ('CD "+ RF"', True)):
+        (root / "figure6.png").unlink()
+        assert ("figure6.png" in works(small_table("losses", f"--only {only}"))) == drawn
+        (root / "figure6.png").touch()
+
 
 def test_measurements_are_made_again_if_damaged_or_of_other_settings(monkeypatch):
     path, file, calls = Path("student.pt"), Path("student-measured.json"), []
