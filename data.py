@@ -247,7 +247,8 @@ def load(cfg, device="cpu", train=True):
         images = latents.open_images(cfg)
         check_batches(cfg, images.size)            # before hours of encoding, not after
         dataset = latents.open_latents(cfg, device, images)
-    check_batches(cfg, dataset.size)
+    if train:
+        check_batches(cfg, dataset.size)
     return dataset
 
 
@@ -272,6 +273,10 @@ def with_classes(cfg):
         return replace(cfg, num_classes=len(words))
     import latents
     names = latents.class_names(latents.open_images(cfg))
+    if len(names) < 2:
+        raise UserError("--condition class takes the sub-folders of --data-dir as classes, and all "
+                        f"images lie in {latents.printable(names[0])}; name that folder, or leave "
+                        "--condition out")
     print("classes: " + ", ".join(f"{i} {latents.printable(name)}" for i, name in enumerate(names)))
     return replace(cfg, num_classes=len(names))
 

@@ -6,6 +6,7 @@ Also precision and recall, how far few steps end from one step, the spread, and 
 
 import json
 import math
+import re
 import statistics
 import time
 from dataclasses import replace
@@ -394,23 +395,31 @@ def networks_of(paths, guidance=(None,), **given):
     return teachers, list(students), content, cfg
 
 
+def of_several_runs(rows, teachers, students):
+    """Rows for --median: their network is "students", "teachers", or "teachers, w = 3"."""
+    names = {name: "students" for name, _ in students} | {
+        name: re.sub("^.*?(?=, w = |$)", "teachers", name) for name, _ in teachers}
+    return [row | {"network": names[row["network"]]} for row in rows]
+
+
 def parse(parser, argv, names, seeds, out):
     """Parses argv with the flags of measuring, and of the settings `names`, added to the parser's.
 
-    study/ablation.py has the same flags; seeds and out are the help of two of them.
+    study/ablation.py and guide_everything.py have the same flags; seeds and out are the help of
+    two of them.
     """
     group = parser.add_argument_group("how")
     group.add_argument("--nfe", type=int, nargs="+", default=[1, 2, 4, 8, 16], metavar="N", help=(
         "numbers of network calls; the teacher is also measured at its best [1 2 4 8 16]"))
-    group.add_argument("--n", type=int, help="samples [50000 points or CIFAR-10, 2000 digits, "
-                       "5000 latents]")
+    group.add_argument("--n", type=int, help="samples [50000 points or CIFAR-10, 2000 digits or "
+                       "captions, 5000 latents, captioned: one per prompt]")
     group.add_argument("--seed", type=int, default=0, help="the first of --seeds [0]")
     group.add_argument("--seeds", type=int, default=1, help=seeds)
     group.add_argument("--solver", choices=tuple(sample.SOLVERS), default="euler", help="[euler]")
     group.add_argument("--features", metavar="MODULE:FUNCTION", help=(
         "compare images by your own function, (B, C, H, W) in [-1, 1] -> (B, d)"))
     group.add_argument("--batch", type=int, help=(
-        "samples drawn together [1000 points, 500 images, 64 latents]"))
+        "samples drawn together [1000 points, 500 images, 64 latents, captioned: 8]"))
     group.add_argument("--out", metavar="FILE", help=f"tables as FILE.json and FILE.md [{out}]")
     add_field_flags(parser, names)
     args = parser.parse_args(argv)
@@ -522,6 +531,8 @@ def main(argv=None):
                  "medians and half the range [1]", "evaluation beside the checkpoint")
 
     args.prompts = sample.read_prompts(args.prompts) if args.prompts else ()
+    if args.samples and args.out:
+        raise UserError("--samples only prints its table; leave --out out")
     if args.samples:
         return of_samples(args)
     paths = [Path(p) for p in args.checkpoint or [sample.find_student(args.dataset)]]
@@ -549,8 +560,7 @@ def main(argv=None):
         for networks, nfes in ((teachers, {*args.nfe, best}), (students, args.nfe)):
             for name, network in networks:
                 rows += measure(name, network, nfes, reference, seed=seed, **settings)
-    shown = [row | {"network": "teachers" if row["network"].startswith("teacher") else "students"}
-             for row in rows] if args.median else rows
+    shown = of_several_runs(rows, teachers, students) if args.median else rows
     write(args.out or sample.home_of(paths[0]) / "evaluation", cfg.dataset, reference, rows,
           report(cfg.dataset, reference, shown, args.solver), seed=args.seed, solver=args.solver)
 

@@ -587,7 +587,7 @@ def main(argv=None):
     parser = make_parser(__doc__)
     parser.add_argument("--dataset", choices=UNCAPTIONED_SETS, default="folder",
                         help="[%(default)s]")
-    parser.add_argument("--n", type=int, default=100, help="how many of them are decoded again "
+    parser.add_argument("--n", type=int, default=100, help="how many images are decoded again "
                         "[%(default)s]")
     add_field_flags(parser, (*MACHINE, "data_dir", "download", "image_size", "vae", "vae_weights",
                              "latents_dir"))

@@ -113,16 +113,17 @@ def calls(network):
 
 
 def strips(path, networks, shape, nfes, seed=0, device="cpu", solver="euler", data=None, title=None,
-           columns=10, decode=same, across=False, conditions=unconditional):
+           columns=None, decode=same, across=False, conditions=unconditional, batch=500):
     """Figure 5: the same noise at every NFE. networks is [(name, network, its NFEs or None), ...].
 
     Points: one row per network and one panel per NFE; `across` transposes this (the paper's
-    Figure 6). Images: one row per network and NFE, one column per noise.
+    Figure 6). Images: one row per network and NFE, one column per noise. `columns` is the number
+    of samples, usually 4000 points or 10 images.
     """
     rows, points = [], len(shape) == 1
+    n = columns or (4000 if points else 10)
     for name, network, some in networks:
-        n = 4000 if points else columns
-        cells = {k: draw(network, shape, n, k, seed, solver, device=device, y=conditions(n))
+        cells = {k: draw(network, shape, n, k, seed, solver, batch, device, y=conditions(n))
                  for k in some or nfes}
         role = name if name in pictures.COLOURS else "student"
         if points:
@@ -136,7 +137,7 @@ def strips(path, networks, shape, nfes, seed=0, device="cpu", solver="euler", da
         name, colours, cells = rows[0]
         rows[0] = name, [*colours, "data"], [*cells, data]
     elif data is not None:
-        rows.append(("data", "data", list(decode(data[:columns]))))
+        rows.append(("data", "data", list(decode(data[:n]))))
     if across:
         names, colours, cells = zip(*rows)
         rows, heads = list(zip(heads, zip(*colours), zip(*cells))), names
@@ -144,15 +145,15 @@ def strips(path, networks, shape, nfes, seed=0, device="cpu", solver="euler", da
 
 
 def by_prompt(path, cfg, columns, shape, prompts=(), seed=0, device="cpu", solver="euler",
-              title=None, decode=same):
+              title=None, decode=same, batch=500):
     """One row per prompt; columns are [(head, network, steps, number of its first noise), ...].
 
     Without prompts these are the examples of cfg's data set.
     """
     prompts = prompts or examples(cfg)
     y = conditions_of(cfg, prompts=prompts)(len(prompts))
-    cells = [decode(draw(network, shape, len(prompts), steps, seed, solver, device=device,
-                         first=first, y=y)) for _, network, steps, first in columns]
+    cells = [decode(draw(network, shape, len(prompts), steps, seed, solver, batch, device, first,
+                         y)) for _, network, steps, first in columns]
     rows = [(prompt.strip() or "(empty)", "student", row)
             for prompt, row in zip(prompts, zip(*cells))]
     return pictures.grid(path, rows, [head for head, *_ in columns], title)
@@ -229,7 +230,8 @@ def parse(argv=None):
     how = parser.add_argument_group("how")
     how.add_argument("--nfe", type=int, nargs="+", default=[4], metavar="N",
                      help="number of function evaluations; several make a strip (Figure 5) [4]")
-    how.add_argument("--n", type=int, help="number of samples [64 images or 4000 points]")
+    how.add_argument("--n", type=int, help="number of samples [4000 points, 64 images, 32 "
+                     "latents; several NFE: fewer; --npz, --png: 50000 points, 10000 images]")
     how.add_argument("--seed", type=int, default=0, help="of the noise, which all NFE share [0]")
     how.add_argument("--class", type=int, nargs="+", dest="classes", metavar="K",
                      help="a conditional network: the classes to draw, in turn [all]")
@@ -242,7 +244,8 @@ def parse(argv=None):
     how.add_argument("--stochastic", dest="solver", action="store_const", const="stochastic",
                      default="euler", help="predict z0, mix in fresh noise, repeat, as consistency "
                      "models do, instead of Euler's steps")
-    how.add_argument("--batch", type=int, help="at a time [1000 points, 500 images, 64 latents]")
+    how.add_argument("--batch", type=int, help="at a time [1000 points, 500 images, 64 latents, "
+                     "captioned: 8]")
     output = parser.add_argument_group("what is written")
     kind = output.add_mutually_exclusive_group()
     kind.add_argument("--trajectory", action="store_true", help="zt and z0-predictions along the "
@@ -316,8 +319,8 @@ def check_conditions(args, cfg):
                         "train with --dataset captions")
     if args.classes and cfg.condition != "class":
         raise UserError("--class needs a network of classes, and this one is "
-                        f"{'of captions' if cfg.num_classes else 'unconditional'}; leave it out, "
-                        "or train with --condition class")
+                        f"{'of captions' if cfg.condition == 'text' else 'unconditional'}; leave "
+                        "it out, or train with --condition class")
     for k in args.classes or ():
         if not 0 <= k < cfg.num_classes:
             raise UserError(f"--class {k} does not exist; the classes are 0 to "
@@ -352,6 +355,14 @@ def write_raw(args, network, shape, cfg):
     return f"{file or folder}: {n} samples, {nfe * calls(network)} NFE, {args.solver}"
 
 
+def fits_a_picture(n, points):
+    """UserError if n samples are too many for one picture."""
+    most = MOST_POINTS if points else MOST_IMAGES
+    if n > most:
+        raise UserError(f"{n:,} samples are too many for a picture, which takes {most:,} at most; "
+                        "choose a smaller --n, or --npz FILE, which writes any number")
+
+
 def write_picture(args, networks, shape, cfg, folder):
     """A film, a trajectory, a strip over NFE, or samples of the last network; returns its path."""
     (name, network), points = networks[-1], len(shape) == 1
@@ -371,6 +382,8 @@ def write_picture(args, networks, shape, cfg, folder):
     decode, nfe = open_decoder(cfg), args.nfe[0]
     suffix = "" if args.solver == "euler" else f"-{args.solver}"
     suffix += "" if args.weights == "ema" else f"-{args.weights}"
+    if args.guidance not in (None, 1):
+        suffix += f"-w{args.guidance:g}"
     if args.classes:
         suffix += "-class" + "-".join(map(str, args.classes))
         title += f", classes {words(args.classes)}"
@@ -381,23 +394,22 @@ def write_picture(args, networks, shape, cfg, folder):
         return trajectory(out, networks, shape, nfe, args.seed, device, args.solver, title, decode,
                           conditions)
     n = args.n or (4000 if points else 32 if latent else 64)
-    most = MOST_POINTS if points else MOST_IMAGES
-    if n > most:
-        raise UserError(f"--n {n} is too many for a picture, which takes {most:,} at most; "
-                        "--npz FILE writes any number")
     if cfg.condition == "text":
         prompts = (args.prompt or examples(cfg))[:args.n]
         n = args.n or (4 if latent else 8) * len(prompts)
+    fits_a_picture(n, points)
+    batch = args.batch or at_a_time(cfg.dataset)
+    if cfg.condition == "text":
         columns = columns_of(network, args.nfe, n, len(prompts))
         return by_prompt(out, cfg, columns, shape, prompts, args.seed, device, args.solver,
-                         f"{name}, {title}", decode)
+                         f"{name}, {title}", decode, batch)
     if len(args.nfe) > 1:
         return strips(out, [(name, network, None)], shape, args.nfe, args.seed, device, args.solver,
-                      title=title, columns=args.n or (8 if latent else 10), decode=decode,
-                      conditions=conditions)
+                      title=title, columns=args.n or (8 if latent else None), decode=decode,
+                      conditions=conditions, batch=batch)
 
-    z = decode(draw(network, shape, n, nfe, args.seed, args.solver,
-                    args.batch or at_a_time(cfg.dataset), device, y=conditions(n)))
+    z = decode(draw(network, shape, n, nfe, args.seed, args.solver, batch, device,
+                    y=conditions(n)))
     title = f"{name}, {nfe * calls(network)} NFE\n{title}"
     if points:
         return pictures.grid(out, [("", name, [z])], title=title)

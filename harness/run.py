@@ -70,7 +70,7 @@ class Run:
         self.folder = self.home = run_dir(cfg)
         self.go_on, self.discarded = go_on, False
         if go_on:
-            cfg = self.continued(cfg)
+            cfg = self.continued(data.with_classes(cfg))
         elif cfg.resume:
             cfg = self.resumed(cfg, given)
         elif cfg.teacher_checkpoint:

@@ -16,7 +16,7 @@ from harness.pictures import to_uint8
 from model import copy_of, flow_map, velocity_network
 
 
-SHIPPED = Path(__file__).parent.parent / "weights"     # small students of the repository
+SHIPPED = Path(__file__).resolve().parent.parent / "weights"   # small students of the repository
 
 
 def same(z0):
@@ -56,7 +56,7 @@ def home_of(file):
     folder = Path(file).parent
     if checkpoint.is_pipeline(file):
         return Path("runs", Path(file).name)
-    return Path("runs/weights", folder.name) if folder.parent == SHIPPED else folder
+    return Path("runs/weights", folder.name) if folder.resolve().parent == SHIPPED else folder
 
 
 def open_network(file, weights="ema", **given):
@@ -135,13 +135,15 @@ def at_a_time(dataset):
 def read_prompts(file):
     """The prompts of a file: one per line, or a JSON list of prompts or of [path, prompt] pairs."""
     try:
-        text = Path(file).read_text("utf-8")
+        text = Path(file).read_text("utf-8-sig")
         prompts = json.loads(text) if Path(file).suffix == ".json" else text.splitlines()
         if not isinstance(prompts, list):
             raise ValueError("it is no list")
         prompts = [p if isinstance(p, str) else p[1] for p in prompts]
         if not all(isinstance(p, str) for p in prompts):
             raise ValueError("not all of them are texts")
+        if Path(file).suffix == ".json" and not all(map(str.strip, prompts)):
+            raise ValueError("a prompt is empty")
     except (OSError, ValueError, LookupError, TypeError) as e:
         raise UserError(f"--prompts {file} cannot be read ({first_line(e)}); it has one prompt per "
                         "line, or is a .json list of [path, prompt]") from e
@@ -157,7 +159,7 @@ def read_prompts(file):
 def save_npz(file, batches, n, shape):
     """Raw samples as ADM writes them, `arr_0`: images uint8 (n, H, W, C), points float32 (n, 2).
 
-    `batches` yields (start, float32 samples, images (b, C, H, W) in [-1, 1]). They go to the disk
+    `batches` yields (start, float32 points or images (b, C, H, W) in [-1, 1]). They go to the disk
     one after the other, so that memory does not grow with n; each process writes its own. Raises
     UserError if the disk is too full.
     """

@@ -27,7 +27,7 @@ import evaluate
 import sample
 import teacher
 import train
-from config import DATASETS, Config, make_config, words
+from config import CIFAR10_FGM, DATASETS, Config, make_config, words
 from harness import UserError, pictures
 from harness.checkpoint import write_text
 from harness.log import Diverged
@@ -92,7 +92,9 @@ def fgm_recipes(default):
     RealUID has 3e-5 for a UNet of CIFAR-10, which tells nothing of the rate that another needs.
     """
     realuid = dict(betas=(0.0, 0.999), disc_betas=(0.0, 0.999), fgm_clip=1.0)
-    return {"SCFlow's recipe": {}} | {
+    # cifar10 has RealUID's recipe for fgm, so SCFlow's is named
+    scflow = {name: getattr(default, name) for name in CIFAR10_FGM if name != "fgm_alpha"}
+    return {"SCFlow's recipe": scflow} | {
         f"RealUID's, rates / {k}": realuid | dict(lr=rounded(default.lr / k),
                                                   disc_lr=rounded(default.disc_lr / k))
         for k in (1, 3, 10)}
@@ -193,7 +195,8 @@ def runs(kind, dataset, seeds, given, only, diverged):
             cfg = make_config(dataset, **given | settings, seed=seed, teacher_checkpoint=str(phi),
                               out=str(root / f"{folder_name(settings, default)}-{seed}"))
             if kind in ("methods", "fgm") and cfg.method != "scflow":
-                cfg = equal_compute(cfg, compute(default))
+                # RealUID's batch on cifar10 is twice as large, and so is each pass
+                cfg = equal_compute(cfg, compute(default) * default.batch_size / cfg.batch_size)
             print(f"\n{cfg.out}")
             try:
                 with Run(cfg, go_on=True) as run:
@@ -222,7 +225,7 @@ def measured(path, label, nfes, network, reference, settings, seed):
 
 def make_table(args, given):
     """Trains and measures the cells of a table, prints it, and draws the picture that it has."""
-    default, root = make_config(args.dataset, **given), ROOT / args.dataset
+    default, root = data.with_classes(make_config(args.dataset, **given)), ROOT / args.dataset
     if args.kind == "guidance" and default.condition == "none":
         raise UserError("the table of guidance needs conditions; add --condition class")
     shape, machine = data.sample_shape(default), given_flags(args, evaluate.OPENING)
@@ -256,6 +259,7 @@ def make_table(args, given):
         picture = sample.strips(root / "figure6.png", ladder, shape, (1, 4), args.seed,
                                 settings["device"], columns=8, decode=settings["decode"],
                                 across=len(shape) == 1,
+                                conditions=sample.conditions_of(default),
                                 title=f"{args.dataset}: the losses one after the other (Figure 6)")
         print(f"wrote {picture}")
     if args.kind == "guidance" and not args.only:

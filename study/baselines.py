@@ -118,7 +118,7 @@ class Pairs:
             raise UserError(f"the pairs {file} are damaged ({e}); remove the file") from e
         except KeyboardInterrupt as e:
             raise KeyboardInterrupt("stopped while pairs were made; the same command continues"
-                                    ) from e
+                                    + ", without --overwrite" * cfg.overwrite) from e
         self.z1 = noise(self.shape, self.size, seed)
 
     def make(self, file, network, cfg, seed, batch):
@@ -135,8 +135,7 @@ class Pairs:
         if rows.shape != whole:
             raise ValueError(f"it holds {rows.shape}, not {whole}")
 
-        each = -(-self.size // machine.WORLD)
-        mine = range(machine.RANK * each, min((machine.RANK + 1) * each, self.size))
+        mine = machine.mine(self.size)
         for i in tqdm(mine[::batch], desc=f"pairs by {cfg.pair_steps} steps", unit="batch",
                       disable=not machine.FIRST):
             n = min(batch, mine.stop - i)
@@ -162,9 +161,9 @@ def fgm_loss(u, v, c, alpha=1.0):
 
     u, v are the velocities of teacher and online flow at the generator's own zt, c = z1 - z0, all
     (B, ...); gradients flow through zt and c. Mean over all elements. alpha = 0.5 is L1 + L2, the
-    whole loss of Huang et al. (arXiv 2410.19310); RealUID ran this, and calls it alpha = 1. Ours,
-    alpha = 1, is L2 alone, which Huang et al. used, as others report. Rebuilt from RealUID and
-    public reviews.
+    whole loss of Huang et al. (arXiv 2410.19310); RealUID ran this, and calls it alpha = 1. Our
+    default, alpha = 1, is L2 alone; others report that Huang et al. used it. The formula is rebuilt
+    from RealUID and public reviews.
     """
     return 2 * ((u - v) * (u - c) - alpha * (u - v).square()).mean()
 

@@ -1,5 +1,6 @@
 """Measures for text to image: CLIP score, and samples that any tool wrote."""
 
+import re
 import zlib
 from pathlib import Path
 from zipfile import BadZipFile
@@ -42,7 +43,10 @@ def read_samples(path):
     path = Path(path)
     try:
         if path.is_dir():
-            names = latents.of_suffix(latents.SUFFIXES, latents.files_in(path))
+            # 10.png comes after 9.png, so that --prompts have the same order
+            names = sorted(latents.of_suffix(latents.SUFFIXES, latents.files_in(path)),
+                           key=lambda name: [int(part) if part.isdecimal() else part
+                                             for part in re.split(r"(\d+)", name)])
             arrays = np.stack([np.asarray(Image.open(path / name).convert("RGB"))
                                for name in names])
         else:
@@ -54,7 +58,8 @@ def read_samples(path):
             raise ValueError("its images are not square")
         if not len(arrays):
             raise ValueError("it is empty")
-    except (OSError, EOFError, ValueError, LookupError, BadZipFile, zlib.error) as e:
+    except (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, BadZipFile,
+            zlib.error) as e:
         raise UserError(f"--samples {path} cannot be read ({first_line(e)}); name a .npz with "
                         "arr_0, uint8 (n, H, W, 3), or a folder of images of one size") from e
     return torch.from_numpy(arrays).permute(0, 3, 1, 2)

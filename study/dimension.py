@@ -16,7 +16,7 @@ import data
 import evaluate
 import sample
 import train
-from config import MACHINE, make_config
+from config import make_config
 from harness.saved import SHIPPED
 from harness.script import add_field_flags, given_flags, make_parser, run_script
 from losses import (bidirectional_loss, consistency_loss, generator_loss, interpolate, reflow_loss,
@@ -26,7 +26,7 @@ from model import set_rates
 ELEMENTS = (2, 32, 512)            # N
 SIZES = {"std (2/N)^(1/2)": lambda n: 1.0, "std 1": lambda n: (n / 2) ** 0.5}
 POINTS = 10_000                    # for the distance
-FIELDS = ("seed", "steps", "l_gan", "l_rf", "l_bi", "metric", "huber_c", "r1", *MACHINE)
+FIELDS = ("seed", "steps", "l_gan", "l_rf", "l_bi", "metric", "huber_c", "r1", "threads")
 
 
 class Lifted(nn.Module):
@@ -102,7 +102,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     cfg = make_config("checkerboard", **{"steps": 1500} | given_flags(args))
     teacher, _, _ = sample.open_network(SHIPPED / "checkerboard" / "teacher.pt",
-                                        **given_flags(args, MACHINE))
+                                        **given_flags(args, ("threads",)))
     rows = [distil(teacher, n, size, cfg) for size in SIZES for n in ELEMENTS]
     print(evaluate.markdown([list(rows[0]), *(
         [x if isinstance(x, str) else f"{x:.3g}" for x in row.values()] for row in rows)]))

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from config import CIRCUMSTANCES
-from harness import checkpoint
+from harness import UserError, checkpoint
 from harness.script import make_parser, run_script
 
 
@@ -19,6 +19,8 @@ def main(argv=None):
     parser.add_argument("folder", help="where they are written")
     args = parser.parse_args(argv)
     for file in map(Path, args.files):
+        if Path(args.folder, file.name).exists():
+            raise UserError(f"{Path(args.folder, file.name)} exists; name another folder")
         content = checkpoint.load(file, ("student", "teacher"))
         content["ema"] = {key: value.half() for key, value in content["ema"].items()}
         content["config"] = {key: value for key, value in content["config"].items()

@@ -15,7 +15,7 @@ import sample
 import train
 import vae
 from config import CAPTION_SETS, LATENT_SETS, make_config
-from harness import plan
+from harness import UserError, plan
 from harness.machine import choose_device, fast_bf16, prepare, wants_bf16
 from harness.script import add_field_flags, given_flags, make_parser, run_script
 from latents import Codec
@@ -56,11 +56,13 @@ def costs(cfg, device):
 
 def main(argv=None):
     parser = make_parser(__doc__, usage="%(prog)s [flags]")
-    parser.add_argument("--peak", type=float, default=0.0, help="TFLOP/s of the device, of which "
-                        "the share that training reaches is printed")
+    parser.add_argument("--peak", type=float, default=0.0, help="the device's peak TFLOP/s; "
+                        "the share that training reaches is also printed")
     add_field_flags(parser)
     given = given_flags(parser.parse_args(argv))
     peak, cfg = given.pop("peak"), make_config(**given)
+    if cfg.method not in ("scflow", "cd"):
+        raise UserError(f"only --method scflow and cd are timed, not {cfg.method}")
     if cfg.dataset in CAPTION_SETS:
         cfg = data.with_classes(cfg)
     device = choose_device(cfg)

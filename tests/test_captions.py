@@ -1,5 +1,7 @@
 """Text to image on a laptop: the captions, their pictures and judge, and a network told by text."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -26,6 +28,13 @@ def text(row):
 @pytest.fixture(scope="module")
 def shapes():
     return captions.Captions()
+
+
+def test_any_number_of_processes_measures(monkeypatch):
+    monkeypatch.setattr(data, "WORLD", 3)
+    with pytest.raises(UserError, match="not a multiple of the 3 processes"):
+        data.load(make_config("captions"))
+    data.load(make_config("captions"), train=False)
 
 
 # -------------------------------------------------------------------------------- the data set
@@ -176,6 +185,8 @@ def test_a_run_is_drawn_by_prompts_and_judged():
     refused("sample.py --prompt 'a pink ring'", "pink", "magenta")
     refused("sample.py --prompt 'a red ring left of a blue disc of'", "9 words", "8")
     refused("sample.py --class 3", "--class", "captions")
+    Path("many.txt").write_text("a red ring\n" * 2000)
+    refused("sample.py --prompts many.txt", "16,000", "--npz")
     refused("sample.py --guidance 2", "w = 1.5")
 
 

@@ -207,6 +207,9 @@ def test_classes_are_drawn_and_measured(run):
     assert "| teacher, w = 3 " in printed
     guided = next(line for line in printed.splitlines() if line.startswith("| teacher, w = 3"))
     assert guided.split("|")[2].strip() == ""      # one call is half a step of a guided teacher
+    printed = works("evaluate.py --median --nfe 2 --n 100 --guidance 1 3")
+    for name in ("teachers, w = 1", "teachers, w = 3", "students"):
+        assert f"| {name} " in printed
 
     # raw samples of one class are those of the same noise and class in a longer list
     for name, flags in (("one", "--class 3"), ("two", "--class 3 5"), ("all", "")):
@@ -214,6 +217,8 @@ def test_classes_are_drawn_and_measured(run):
     one, two = (np.load(f"{name}.npz")["arr_0"] for name in ("one", "two"))
     assert np.allclose(one[::2], two[::2], atol=1e-5) and not np.allclose(one[1::2], two[1::2])
     works("sample.py --teacher --guidance 2 --nfe 2 --class 3 --out guided.png")
+    works("sample.py --teacher --guidance 2 --nfe 2")
+    assert is_picture(run / "samples/teacher-nfe2-w2-seed0.png")
     works("sample.py --trajectory --nfe 2 --class 1 --out path.png")
     assert is_picture("guided.png") and is_picture("path.png")
 
@@ -310,6 +315,10 @@ def test_sub_folders_are_classes(taef2_files, no_pictures):
     Path("animals/loose.png").write_bytes(Path("animals/dogs/00.png").read_bytes())
     refused(f"train.py --dataset folder --data-dir animals --condition class {vae} {flags} --out b",
             "loose.png", "sub-folders")
+    Path("zipped/animals/cats").mkdir(parents=True)
+    shutil.copy("animals/loose.png", "zipped/animals/cats")
+    refused("train.py --dataset folder --data-dir zipped --condition class",
+            "all images lie in animals")
 
 
 # ----------------------------------------------------------------------- experiments on guidance

@@ -819,6 +819,17 @@ def test_the_ladder_is_trained_measured_and_kept(monkeypatch, only_tables):
         (root / "figure6.png").touch()
 
 
+def test_a_table_of_captions_goes_on_and_is_drawn_with_captions(monkeypatch, only_tables):
+    asked, strips = [], sample.strips
+    monkeypatch.setattr(sample, "strips", lambda *args, conditions, **more: asked.append(
+        conditions(3)) or strips(*args, conditions=conditions, **more))
+    small = ("--steps 2 --teacher-steps 2 --channels 8 --heads 2 --disc-channels 8 --batch-size 4 "
+             "--teacher-batch-size 4 --threads 1 --precision fp32 --n 150 --nfe 1")
+    for only in ("teacher", 'CD "+ RF"'):
+        works(f"study.ablation losses --dataset captions {small} --only {only}")
+    assert asked[0].dtype == torch.int64 and len(asked[0]) == 3
+
+
 def test_measurements_are_made_again_if_damaged_or_of_other_settings(monkeypatch):
     path, file, calls = Path("student.pt"), Path("student-measured.json"), []
     path.touch()
@@ -943,6 +954,23 @@ def test_the_methods_table_survives_a_cell_that_diverges(monkeypatch, only_table
     assert "the discriminator apart" in printed and "| passes per iteration " in printed
 
 
+def test_on_cifar10_scflows_recipe_for_fgm_is_scflows():
+    for dataset, ratio in (("cifar10", 1 / 2), ("checkerboard", 1)):
+        default = make_config(dataset)
+        table = ablation.cells("fgm", default)
+        ours = table["alpha = 1, SCFlow's recipe"]
+        assert ablation.folder_name(ours, default) == "method-fgm"
+        assert replace(make_config(dataset, **ours), losses=default.losses, t_trunc=default.t_trunc
+                       ) == replace(default, method="fgm", fgm_alpha=1.0)
+        theirs = make_config(dataset, **table["alpha = 0.5, RealUID's, rates / 1"])
+        assert theirs.betas == (0.0, 0.999) and default.batch_size / theirs.batch_size == ratio
+
+
+def test_a_shipped_file_replaces_no_other(moons_run):
+    works(f"study.ship {moons_run}/student.pt small")
+    refused(f"study.ship {moons_run}/student.pt small", "small/student.pt exists")
+
+
 def test_names_of_rows_and_of_tables(moons_run):
     for place in ("a", "b"):
         shutil.copytree(moons_run, f"{place}/run")
@@ -965,6 +993,7 @@ def test_names_of_rows_and_of_tables(moons_run):
     ("train.py --dataset cifar10 --preset paper", ["--preset", "cifar10"]),
     ("study.ablation fgm --only fgm", ["--only fgm", "alpha = 0.5", "teacher"]),
     ("train.py --method reflow --pairs 0", ["--pairs 0"]),
+    ("study.speed --method fgm", ["--method scflow", "fgm"]),
     ("train.py --method reflow --pair-steps 0", ["--pair-steps 0"]),
     ("evaluate.py --n 2000000", ["--n", "at most"]),
     ("evaluate.py --protocol paper", ["--protocol", "not for moons"]),

@@ -607,12 +607,25 @@ def test_prompts_come_from_lines_or_pairs():
     Path("a.txt").write_text("a cat\n\n  a dog \n")
     Path("a.json").write_text('[["1.jpg", "a cat"], ["2.jpg", "a dog"]]')
     assert sample.read_prompts("a.txt") == sample.read_prompts("a.json") == ["a cat", "a dog"]
+    Path("notepad.txt").write_text("a cat\na dog", encoding="utf-8-sig")
+    assert sample.read_prompts("notepad.txt") == ["a cat", "a dog"]
     Path("b.json").write_text('{"no": "list"}')
+    Path("empty.json").write_text('["a cat", " "]')      # all later prompts would belong to others
     Path("c.json").write_text('[["1.jpg", ["a cat"]]]')
     Path("d.txt").write_text("\n \n"), Path("e.txt").write_bytes(b"gr\xfcn")
-    for name in ("b.json", "c.json", "d.txt", "e.txt", "none.txt"):
+    for name in ("b.json", "c.json", "d.txt", "e.txt", "none.txt", "empty.json"):
         with pytest.raises(UserError, match=name):
             sample.read_prompts(name)
+
+
+def test_numbered_samples_have_the_order_of_their_numbers():
+    Path("many").mkdir()
+    for i in range(12):
+        Image.new("RGB", (8, 8), (i, i, i)).save(f"many/{i}.png")
+    assert clip.read_samples("many")[:, 0, 0, 0].tolist() == list(range(12))
+    np.save("one.npy", np.zeros((4, 8, 8, 3), np.uint8))
+    with pytest.raises(UserError, match="one.npy"):
+        clip.read_samples("one.npy")
 
 
 def test_the_commands_of_the_page(pipelines, small_clip, no_pictures):

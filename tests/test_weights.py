@@ -1,5 +1,7 @@
 """The students in weights/: small, opened where nothing was trained, as good as they should be."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -32,6 +34,12 @@ def test_they_are_drawn_where_nothing_was_trained(dataset):
     works(f"sample.py --dataset {dataset} --nfe 1 --threads 1")
     assert is_picture(f"runs/weights/{dataset}/samples/student-nfe1-seed0.png")
     assert sorted(saved.SHIPPED.rglob("*")) == before
+
+
+def test_what_is_made_with_them_goes_to_runs(monkeypatch):
+    monkeypatch.chdir(saved.SHIPPED.parent)
+    for file in ("weights/mnist/student.pt", saved.SHIPPED / "mnist/student.pt"):
+        assert saved.home_of(file) == Path("runs/weights/mnist")
 
 
 def test_the_users_own_student_comes_first(no_pictures):
