@@ -359,8 +359,8 @@ def fits_a_picture(n, points):
     """UserError if n samples are too many for one picture."""
     most = MOST_POINTS if points else MOST_IMAGES
     if n > most:
-        raise UserError(f"{n:,} samples are too many for a picture, which takes {most:,} at most; "
-                        "choose a smaller --n, or --npz FILE, which writes any number")
+        raise UserError(f"--n {n} is too many for a picture, which takes {most:,} at most; choose "
+                        "a smaller --n, or --npz FILE, which writes any number")
 
 
 def write_picture(args, networks, shape, cfg, folder):

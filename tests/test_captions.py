@@ -186,7 +186,7 @@ def test_a_run_is_drawn_by_prompts_and_judged():
     refused("sample.py --prompt 'a red ring left of a blue disc of'", "9 words", "8")
     refused("sample.py --class 3", "--class", "captions")
     Path("many.txt").write_text("a red ring\n" * 2000)
-    refused("sample.py --prompts many.txt", "16,000", "--npz")
+    refused("sample.py --prompts many.txt", "--n 16000", "--npz")
     refused("sample.py --guidance 2", "w = 1.5")
 
 
