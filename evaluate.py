@@ -479,6 +479,8 @@ def real_folder(args):
 
 def of_samples(args):
     """--samples: prints one line per .npz or folder: its distance to the data, its CLIP score."""
+    if args.out:
+        raise UserError("--samples only prints its table; leave --out out")
     celebahq = args.dataset == "celebahq"
     cfg = make_config("celebahq" if celebahq else "folder",
                       **given_flags(args, (*MACHINE, "data_dir", "latents_dir")))
@@ -531,8 +533,6 @@ def main(argv=None):
                  "medians and half the range [1]", "evaluation beside the checkpoint")
 
     args.prompts = sample.read_prompts(args.prompts) if args.prompts else ()
-    if args.samples and args.out:
-        raise UserError("--samples only prints its table; leave --out out")
     if args.samples:
         return of_samples(args)
     paths = [Path(p) for p in args.checkpoint or [sample.find_student(args.dataset)]]

@@ -368,8 +368,6 @@ def write_picture(args, networks, shape, cfg, folder):
     (name, network), points = networks[-1], len(shape) == 1
     latent, device = cfg.dataset in LATENT_SETS, next(network.parameters()).device
     title = f"{cfg.dataset}, {args.solver}, seed {args.seed}"
-    if args.guidance not in (None, 1):
-        title += f", w = {args.guidance:g}"
     conditions = conditions_of(cfg, args.classes, args.prompt)
     if args.gif:
         if not points or name == "teacher":
@@ -384,6 +382,7 @@ def write_picture(args, networks, shape, cfg, folder):
     suffix += "" if args.weights == "ema" else f"-{args.weights}"
     if args.guidance not in (None, 1):
         suffix += f"-w{args.guidance:g}"
+        title += f", w = {args.guidance:g}"
     if args.classes:
         suffix += "-class" + "-".join(map(str, args.classes))
         title += f", classes {words(args.classes)}"
@@ -393,16 +392,16 @@ def write_picture(args, networks, shape, cfg, folder):
     if args.trajectory:
         return trajectory(out, networks, shape, nfe, args.seed, device, args.solver, title, decode,
                           conditions)
-    n = args.n or (4000 if points else 32 if latent else 64)
+    batch = args.batch or at_a_time(cfg.dataset)
     if cfg.condition == "text":
         prompts = (args.prompt or examples(cfg))[:args.n]
         n = args.n or (4 if latent else 8) * len(prompts)
-    fits_a_picture(n, points)
-    batch = args.batch or at_a_time(cfg.dataset)
-    if cfg.condition == "text":
+        fits_a_picture(n, points)
         columns = columns_of(network, args.nfe, n, len(prompts))
         return by_prompt(out, cfg, columns, shape, prompts, args.seed, device, args.solver,
                          f"{name}, {title}", decode, batch)
+    n = args.n or (4000 if points else 32 if latent else 64)
+    fits_a_picture(n, points)
     if len(args.nfe) > 1:
         return strips(out, [(name, network, None)], shape, args.nfe, args.seed, device, args.solver,
                       title=title, columns=args.n or (8 if latent else None), decode=decode,

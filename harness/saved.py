@@ -136,18 +136,17 @@ def read_prompts(file):
     """The prompts of a file: one per line, or a JSON list of prompts or of [path, prompt] pairs."""
     try:
         text = Path(file).read_text("utf-8-sig")
-        prompts = json.loads(text) if Path(file).suffix == ".json" else text.splitlines()
+        prompts = (json.loads(text) if Path(file).suffix == ".json" else
+                   [line for line in text.splitlines() if line.strip()])
         if not isinstance(prompts, list):
             raise ValueError("it is no list")
         prompts = [p if isinstance(p, str) else p[1] for p in prompts]
-        if not all(isinstance(p, str) for p in prompts):
-            raise ValueError("not all of them are texts")
-        if Path(file).suffix == ".json" and not all(map(str.strip, prompts)):
-            raise ValueError("a prompt is empty")
+        if not all(isinstance(p, str) and p.strip() for p in prompts):
+            raise ValueError("one of them is no text, or is empty")
     except (OSError, ValueError, LookupError, TypeError) as e:
         raise UserError(f"--prompts {file} cannot be read ({first_line(e)}); it has one prompt per "
                         "line, or is a .json list of [path, prompt]") from e
-    prompts = [p.strip() for p in prompts if p.strip()]
+    prompts = [p.strip() for p in prompts]
     if not prompts:
         raise UserError(f"--prompts {file} has no prompt; it has one per line")
     return prompts

@@ -19,15 +19,16 @@ def main(argv=None):
     parser.add_argument("folder", help="where they are written")
     args = parser.parse_args(argv)
     for file in map(Path, args.files):
-        if Path(args.folder, file.name).exists():
-            raise UserError(f"{Path(args.folder, file.name)} exists; name another folder")
+        out = Path(args.folder, file.name)
+        if out.exists():
+            raise UserError(f"{out} exists; name another folder")
         content = checkpoint.load(file, ("student", "teacher"))
         content["ema"] = {key: value.half() for key, value in content["ema"].items()}
         content["config"] = {key: value for key, value in content["config"].items()
                              if key not in CIRCUMSTANCES}
-        with checkpoint.replacing(Path(args.folder, file.name)) as target:
+        with checkpoint.replacing(out) as target:
             torch.save(content, target)
-        print(f"wrote {Path(args.folder, file.name)}")
+        print(f"wrote {out}")
 
 
 if __name__ == "__main__":
