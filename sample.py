@@ -4,6 +4,7 @@ Sampling goes from noise at t = 1 to data at t = 0; NFE counts the calls of the 
 """
 
 import argparse
+import re
 from pathlib import Path
 
 import torch
@@ -386,6 +387,9 @@ def write_picture(args, networks, shape, cfg, folder):
     if args.classes:
         suffix += "-class" + "-".join(map(str, args.classes))
         title += f", classes {words(args.classes)}"
+    if args.prompt:
+        named = re.sub(r"\W+", "-", " ".join(args.prompt))[:60].strip("-")
+        suffix += f"-{named or 'null'}"
     kind = "trajectory" if args.trajectory else name
     numbers = "-".join(map(str, args.nfe))
     out = args.out or folder / "samples" / f"{kind}-nfe{numbers}{suffix}-seed{args.seed}.png"

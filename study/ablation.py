@@ -144,8 +144,12 @@ def compute(cfg):
     return for_pairs(cfg) + sum(passes(cfg, step) for step in range(cfg.steps))
 
 
-def equal_compute(cfg, budget):
-    """A baseline's settings with as many iterations as `budget` pays for; UserError below 100."""
+def equal_compute(cfg, scflow):
+    """A baseline's settings, with as many iterations as the compute of SCFlow's run pays for.
+
+    Raises UserError if these are fewer than 100.
+    """
+    budget = compute(scflow) * scflow.batch_size / cfg.batch_size    # in passes of cfg's batch
     steps = int((budget - for_pairs(cfg)) / passes(cfg, 0))
     if steps < 100:
         raise UserError(f"{cfg.method} would have fewer than 100 iterations in the {budget:,.0f} "
@@ -155,15 +159,20 @@ def equal_compute(cfg, budget):
     return replace(cfg, steps=steps)
 
 
-def costs(trained):
-    """A table of what every cell's training took; trained: {label: [(Config, seconds), ...]}."""
+def costs(trained, batch):
+    """A table of what every cell's training took, in passes of `batch` samples.
+
+    trained: {label: [(Config, seconds), ...]}.
+    """
     lines = [["run", "iterations", "passes per iteration", "passes in all", "seconds"]]
     for label, runs in trained.items():
         cfg, seconds = runs[0][0], " ".join(f"{seconds:,.0f}" for _, seconds in runs if seconds)
-        each = (compute(cfg) - for_pairs(cfg)) / cfg.steps
-        lines.append([label, f"{cfg.steps:,}", f"{each:.3g}", f"{compute(cfg):,.0f}", seconds])
-    return ("compute in network passes of one batch, pairs included, the discriminator apart\n\n"
-            + evaluate.markdown(lines))
+        ratio = cfg.batch_size / batch
+        each = (compute(cfg) - for_pairs(cfg)) / cfg.steps * ratio
+        lines.append([label, f"{cfg.steps:,}", f"{each:.3g}", f"{compute(cfg) * ratio:,.0f}",
+                      seconds])
+    return (f"compute in network passes of {batch} samples, pairs included, the discriminator "
+            f"apart\n\n{evaluate.markdown(lines)}")
 
 
 # ------------------------------------------------------------------------------------- one table
@@ -195,8 +204,7 @@ def runs(kind, dataset, seeds, given, only, diverged):
             cfg = make_config(dataset, **given | settings, seed=seed, teacher_checkpoint=str(phi),
                               out=str(root / f"{folder_name(settings, default)}-{seed}"))
             if kind in ("methods", "fgm") and cfg.method != "scflow":
-                # RealUID's batch on cifar10 is twice as large, and so is each pass
-                cfg = equal_compute(cfg, compute(default) * default.batch_size / cfg.batch_size)
+                cfg = equal_compute(cfg, default)
             print(f"\n{cfg.out}")
             try:
                 with Run(cfg, go_on=True) as run:
@@ -248,7 +256,8 @@ def make_table(args, given):
         if seed == args.seed and args.kind == "losses" and OURS not in label:
             ladder.append((label, network, (1, 4)))
 
-    text, spent = evaluate.report(args.dataset, reference, rows, args.solver), costs(trained)
+    text = evaluate.report(args.dataset, reference, rows, args.solver)
+    spent = costs(trained, default.batch_size)
     part = [*args.only, str(args.seed)] if args.only else []
     name = re.sub(r"[^\w.]+", "-", " ".join([args.kind, *part]))
     evaluate.write(args.out or root / name, args.dataset, reference, rows,

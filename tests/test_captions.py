@@ -178,6 +178,10 @@ def test_a_run_is_drawn_by_prompts_and_judged():
     assert one.shape == (4, 28, 28, 3) and (one[1::2] == two[1::2]).all()
     works("sample.py --teacher --guidance 3 --prompt '' 'a cyan bar' --nfe 1 2 --out strip.png")
     assert is_picture("strip.png")
+    for prompt in ("a cyan bar", "a green ring", ""):                    # each has its picture
+        works(f"sample.py --prompt '{prompt}' --nfe 1 --n 2")
+        name = f"student-nfe1-{prompt.replace(' ', '-') or 'null'}-seed0.png"
+        assert is_picture(f"runs/captions/samples/{name}")
     printed = works("evaluate.py --nfe 1 2 --n 150 --guidance 3")
     for words in ("all right, one object", "all right, two objects", "pairs never drawn", "w = 3"):
         assert words in printed

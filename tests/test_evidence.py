@@ -891,7 +891,7 @@ def test_rows_of_a_table_are_trained_alone_and_then_collected(monkeypatch, only_
     works(small_table("fgm", "--only teacher --seed 10"))
     root, table = Path("runs/ablation/moons"), ablation.cells("fgm", make_config("moons"))
     assert [p.name for p in sorted(root.glob("*-10"))] == ["teacher-10"]
-    monkeypatch.setattr(ablation, "equal_compute", lambda cfg, budget: cfg)
+    monkeypatch.setattr(ablation, "equal_compute", lambda cfg, scflow: cfg)
     with Run(make_config("moons", out=str(root / "teacher-10"))):        # another process has it
         for label in table:
             printed = works(small_table("fgm", f"--seed 10 --only \"{label}\""))
@@ -933,10 +933,19 @@ def test_methods_have_the_compute_of_scflow():
     for method, steps in (("cd", budget / 5), ("flowmap", budget / 5), ("fgm", budget / 27),
                           ("reflow", (budget - pairs) / 3),
                           ("reflow-distill", (budget - 2 * pairs) / 3)):
-        cfg = ablation.equal_compute(make_config("checkerboard", method=method), budget)
+        cfg = ablation.equal_compute(make_config("checkerboard", method=method), default)
         assert cfg.steps == int(steps) and ablation.compute(cfg) == pytest.approx(budget, rel=1e-3)
     with pytest.raises(UserError, match="--pairs"):
-        ablation.equal_compute(make_config("checkerboard", method="reflow"), pairs + 299)
+        ablation.equal_compute(make_config("checkerboard", method="reflow"),
+                               replace(default, steps=2000))
+    # RealUID's batch on cifar10 is twice as large, and so is each pass
+    scflow, fgm = make_config("cifar10"), make_config("cifar10", method="fgm")
+    cfg = ablation.equal_compute(fgm, scflow)
+    assert cfg.batch_size == 2 * scflow.batch_size
+    assert 2 * 27 * cfg.steps == pytest.approx(ablation.compute(scflow), rel=1e-3)
+    table = ablation.costs({"SCFlow": [(scflow, 1.0)], "fgm": [(cfg, 1.0)]}, scflow.batch_size)
+    passes = [float(line.split("|")[4].replace(",", "")) for line in table.splitlines()[4:6]]
+    assert passes[0] == pytest.approx(passes[1], rel=1e-3) and "| 54 " in table
 
 
 def test_the_methods_table_survives_a_cell_that_diverges(monkeypatch, only_tables):
@@ -946,7 +955,7 @@ def test_the_methods_table_survives_a_cell_that_diverges(monkeypatch, only_table
         return real(run)
 
     monkeypatch.setattr(train, "train", diverging)
-    monkeypatch.setattr(ablation, "equal_compute", lambda cfg, budget: cfg)
+    monkeypatch.setattr(ablation, "equal_compute", lambda cfg, scflow: cfg)
     printed = works(small_table("methods", "--solver stochastic"))
     for method in ("SCFlow", "cd", "flowmap", "reflow", "reflow-distill"):
         assert f"| {method} " in printed
