@@ -46,7 +46,7 @@ class Config:
 
     # -- presets for latents
     model: Literal["", "paper", "small", "tiny"] = ""  # 153, 15 or 1 M parameters; cifar10: 57, 7
-    preset: Literal["", "paper", "official"] = ""  # paper: its text (untried); else its code
+    preset: Literal["", "paper", "official"] = ""  # the paper's text, untried; else its code
 
     # -- the machine
     device: str = "auto"            # cpu, cuda, cuda:1, mps; auto takes the first GPU, if any
@@ -92,7 +92,7 @@ class Config:
     disc_trunk: Literal["trained", "frozen"] = "trained"  # captioned: the UNet's encoder in D
     adam8bit: bool = False          # AdamW with moments of 8 bits, for a GPU (needs bitsandbytes)
     guidance: float = 1.0           # w of the guided teacher (Eq. 3); 1 is off
-    t_trunc: float = 0.1            # truncation time of CD (Eq. 8); without GAN 0, plain CD
+    t_trunc: float = 0.1            # CD's goal is z0 below this time (Eq. 8); 0 without the GAN
     t_skip: float = 0.1             # longest step of the teacher (Algorithm 2)
     truncation: Literal["landing", "current"] = "landing"  # t_trunc is compared with t_lo, or t
     metric: Literal["pseudo-huber", "l2"] = "pseudo-huber"  # distance in CD and BI
@@ -108,7 +108,7 @@ class Config:
     n_bi: int = 0                   # first iteration with the bidirectional loss
     r1: float = 0.1                 # gamma of R1, (gamma / 2) E || grad D(z0) ||^2; 0 leaves it out
     fgm_alpha: float = 1.0          # fgm: 0.5 is the whole loss, L1 + L2; 1 is L2 alone
-    fgm_clip: float = 0.0           # fgm: limit of the gradient's norm, sums per sample; 0: none
+    fgm_clip: float = 0.0           # fgm: largest gradient norm, losses summed per sample; 0: none
 
     # -- pairs of the reflow baselines
     pairs: int = 50_000             # reflow, reflow-distill: how many pairs (z0, z1) are made

@@ -4,7 +4,8 @@ Notation of the paper throughout: z0 data, z1 noise, t in [0, 1] with t = 1 nois
 zt = (1 - t) z0 + t z1, velocity v = z1 - z0, and the z0-prediction f(z, t) = z - t v(z, t).
 Points (B, 2), images and latents (B, C, H, W) share every line; t always has shape (B,).
 Every loss is a mean over all elements (R1: over samples). Goals that the paper marks sg
-(stop-gradient) are detached here. The caller detaches x1 inside zr, and x1 that D learns from.
+(stop-gradient) are detached here, but for x1 in reflow_loss(free=True). The caller detaches x1
+inside zr, and x1 that D learns from.
 """
 
 import torch
@@ -61,7 +62,8 @@ def time_skip(t, u_s, u_k, t_skip):
 def distance(a, b, metric="pseudo-huber", c=0.01):
     """Mean over all elements of d^2 ("l2") or of sqrt(d^2 + c^2) - c ("pseudo-huber"), d = a - b.
 
-    The paper has L2. Its code has pseudo-Huber, quadratic for |d| < c and linear beyond.
+    The paper has L2. Its code has pseudo-Huber, quadratic for |d| < c and linear beyond. So large
+    differences, where noise decides between distant samples, weigh less than in L2.
     """
     if metric == "l2":
         return F.mse_loss(a, b)

@@ -1,7 +1,8 @@
 """Distils a teacher into a few-step student by SCFlow's Algorithm 1: `python train.py`.
 
 phi is the teacher, theta the student, and theta~ the moving average of theta that CD and BI aim at.
-Samples are drawn from a second, slower average. If there is no teacher yet, it is trained.
+It moves more slowly than theta, so the goals are steadier. Samples are drawn from a second average,
+slower still. If there is no teacher yet, it is trained.
 """
 
 from functools import partial
@@ -102,7 +103,8 @@ def begin(teacher, start, cfg, shape, device):
     """All networks and optimisers of a run: teacher, student, target (theta~), ema, disc, opt,
     opt_disc. theta, theta~ and the EMA are copies of `start`.
 
-    `start` is the teacher phi, except in the second stage of reflow-distill: there it is the 2-RF.
+    `start` is the teacher phi, except in the second stage of reflow-distill: there it is the 2-RF,
+    the teacher after training on pairs of noise and its sample.
     """
     def trained(network):
         return copy_of(network).requires_grad_(True).train()
