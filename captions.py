@@ -227,8 +227,6 @@ class CaptionedDigits(Captions):
         return self.classify(2 * centred - 1)
 
 
-
-
 # ------------------------------------------------------------------------------------- drawing
 
 

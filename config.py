@@ -56,7 +56,7 @@ class Config:
     threads: int = 0                # CPU threads; 0: $OMP_NUM_THREADS, or 1 for points, else all
     grad_accum: int = 1             # parts per batch: less memory, slower, the same up to rounding
     checkpointing: bool = False     # UNet: recompute activations in backward: less memory, slower
-    ema_on_cpu: bool = False        # keep the average that is sampled from off the GPU
+    ema_on_cpu: bool = False        # keep the average that draws samples in CPU memory
 
     # -- networks: an MLP for points, a UNet for images
     channels: int = 128             # width of the MLP, channels of the UNet's finest level
@@ -306,6 +306,9 @@ def with_pipeline(cfg):
     if cfg.r1 > 0:
         raise UserError(f"--r1 {cfg.r1} is not possible for captioned: the attention in its "
                         "discriminator has no second derivative; leave it out, or set it to 0")
+    if cfg.vae == "pipeline" and cfg.vae_weights:
+        raise UserError("--vae pipeline has its own weights; leave --vae-weights out, or add "
+                        "--vae sd")
     if cfg.eval_every:
         raise UserError("--eval-every is not for captioned; leave it out, and measure its samples "
                         "by evaluate.py --prompts FILE --real FOLDER")

@@ -1,9 +1,10 @@
-"""Data sets: four 2D densities made in code, MNIST, CIFAR-10, and the latents of any images.
+"""Data sets: 2D densities, MNIST, CIFAR-10, drawn captions (captions.py), latents (latents.py).
 
 Every data set is an object with `shape` (of one sample), `size` (how many samples; None means
 endless), `key` (a short text that differs if the data differ), `batch(n, draws)` -> (z0, y): z0
-float32 (n, *shape), y None, int64 labels (n,) or words (n, L), and `decode(z0)` -> images in
-[-1, 1] (of latents; else z0 itself).
+float32 (n, *shape), y None, int64 labels (n,) or words (n, L), `conditions(n, generator)`
+-> y of samples that are still to be made, and `decode(z0)` -> images in [-1, 1] (of latents; else
+z0 itself).
 """
 
 import math
@@ -58,9 +59,9 @@ class Draws:
         """N(0, 1), float32 (n, *shape)."""
         return self.mine(torch.randn(n * self.world, *shape, generator=self.generator), device)
 
-    def uniform(self, n, device=None):
+    def uniform(self, n):
         """U(0, 1), float32 (n,)."""
-        return self.mine(torch.rand(n * self.world, generator=self.generator), device)
+        return self.mine(torch.rand(n * self.world, generator=self.generator))
 
     def integers(self, high, n, device=None):
         """Uniform in 0 ... high - 1, int64 (n,)."""

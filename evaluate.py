@@ -10,7 +10,7 @@ import re
 import statistics
 import time
 from dataclasses import replace
-from functools import reduce
+from functools import cached_property, reduce
 from itertools import chain
 from pathlib import Path
 
@@ -133,7 +133,7 @@ class Reference:
     classes: function of features that tells the class of each, or None. right: function of samples,
     features and their conditions that tells which are as they were asked for. std: the data's
     spread, within: that within a class. scenes: the data set of captions, or None. name: the
-    distance in words. floor: the score of held-out real data.
+    distance in words.
     paper: images are compared as JPEG. All processes make one; rank 0 compares.
     """
 
@@ -174,14 +174,17 @@ class Reference:
         self.radii = machine.from_first(neighbour_radii, self.data[:self.at_most])
         self.projected = projections(self.data) if self.points else None
 
-        if held_out is None:                       # some of the images against the rest
-            k = min(n, len(real) // 2)
-            self.floor_name = f"data, {k:,} against {len(real) - k:,}"
-            self.floor = self.compare(self.data[:k], self.data[k:]) | {"spread": 1.0}
-        else:
-            fake, std, _ = self.embedded(held_out)
-            self.floor_name = "data against data"
-            self.floor = self.compare(fake) | {"spread": std / self.std}
+        self.held_out, self.few = held_out, min(n, len(real) // 2)
+        self.floor_name = "data against data" if held_out is not None else (
+            f"data, {self.few:,} against {len(real) - self.few:,}")
+
+    @cached_property
+    def floor(self):
+        """The score of held-out data. If there are none, some images against the rest."""
+        if self.held_out is None:
+            return self.compare(self.data[:self.few], self.data[self.few:]) | {"spread": 1.0}
+        fake, std, _ = self.embedded(self.held_out)
+        return self.compare(fake) | {"spread": std / self.std}
 
     def embedded(self, x):
         """Features (n, d), spread, and spread within a class of data (n, ...)."""
@@ -248,12 +251,12 @@ def measure(name, network, nfes, reference, shape, n, seed=0, solver="euler", ba
             begun, size = time.perf_counter(), min(batch, mine.stop - start)
             some = None if y is None else y[start : start + size]
             z = sample.draw(network, shape, size, k, seed, solver, batch, device, start, some)
+            check_finite(z, f"{name} at {k} NFE")
+            gap += (z - one_step.setdefault(start, z)).double().square().sum().item()
+            if k not in steps:                     # they are only compared with
+                continue
             x = decode(z)
             seconds += time.perf_counter() - begun
-            if not (z.abs() < 1e10).all():         # false for nan as well
-                raise UserError(f"samples of the {name} at {k} NFE are not finite or far too "
-                                "large; train it again with a lower learning rate")
-            gap += (z - one_step.setdefault(start, z)).double().square().sum().item()
             features.append(reference.features(x))
             spread.add(x)
             if some is not None:
@@ -274,6 +277,12 @@ def measure(name, network, nfes, reference, shape, n, seed=0, solver="euler", ba
     return rows
 
 
+def check_finite(z, name):
+    if not (z.abs() < 1e10).all():                 # false for nan as well
+        raise UserError(f"samples of the {name} are not finite or far too large; train it again "
+                        "with a lower learning rate")
+
+
 def joined(parts):
     """What the processes measured, each of its own samples, as one process measures all."""
     features, right, gaps, seconds, *spreads = zip(*parts)
@@ -281,11 +290,6 @@ def joined(parts):
             {what: torch.cat(sum((part.get(what, []) for part in right), []))
              for what in dict.fromkeys(chain(*right))},
             sum(gaps), max(seconds), *(reduce(Spread.take, sums, Spread()) for sums in spreads))
-
-
-def measures(row):
-    """The names of the measures of a row: MEASURES, then those of conditional samples."""
-    return [*MEASURES, *(name for name in row if name.startswith(RIGHT) or name == WITHIN)]
 
 
 def markdown(lines):
@@ -301,7 +305,7 @@ def report(dataset, reference, rows, solver="euler"):
     Rows of the same network and NFE are shown by their medians, and half the range of distances.
     """
     groups, cells = {}, {}
-    shares = measures(rows[0])[len(MEASURES):]
+    shares = [name for name in rows[0] if name.startswith(RIGHT) or name == WITHIN]
     for row in rows:
         groups.setdefault((row["network"], row["nfe"]), []).append(row)
     for key, group in groups.items():
@@ -444,13 +448,27 @@ def prepare(cfg, shape, device, n=None, solver="euler", features=None, batch=Non
     n = n or usual
     machine.start(device)
     reference = Reference(cfg, n, features, device, paper)
-    y = reference.scenes.questions(n) if reference.scenes else sample.conditions_of(
-        cfg, prompts=prompts)(n)
+    if reference.scenes:
+        y = reference.scenes.questions(n)
+    elif cfg.dataset == "folder" and cfg.condition == "class":
+        y = classes_as_in(cfg, n)
+    else:
+        y = sample.conditions_of(cfg, prompts=prompts)(n)
     settings = dict(shape=tuple(shape), n=n, solver=solver, device=device, y=y,
                     batch=batch or sample.at_a_time(cfg.dataset), decode=sample.open_decoder(cfg))
     if clip_model:
         reference.right = clip.Score(clip_model, device)
     return reference, settings, best
+
+
+def classes_as_in(cfg, n):
+    """Classes of n samples, int64 (n,), in the proportions of a folder's sub-folders."""
+    import latents
+    labels = latents.labels_of(latents.open_images(cfg))
+    if labels.max() + 1 != cfg.num_classes:
+        raise UserError(f"{cfg.data_dir} has {labels.max() + 1} sub-folders, and the network has "
+                        f"{cfg.num_classes} classes; name the images that it was trained on")
+    return labels.sort().values[torch.arange(n) * len(labels) // n]
 
 
 def add_sample_flags(group, parser):
@@ -479,8 +497,13 @@ def real_folder(args):
 
 def of_samples(args):
     """--samples: prints one line per .npz or folder: its distance to the data, its CLIP score."""
-    if args.out:
-        raise UserError("--samples only prints its table; leave --out out")
+    given = {"--out": args.out, "--checkpoint": args.checkpoint, "--median": args.median,
+             "--guidance": args.guidance != [None], "--n": args.n, "--seeds": args.seeds > 1,
+             f"--dataset {args.dataset}": args.dataset not in (None, "celebahq"),
+             "--prompts (which --clip needs)": args.prompts and not args.clip}
+    if unused := [name for name, value in given.items() if value]:
+        raise UserError(f"--samples measures whole files and prints a table; leave "
+                        f"{', '.join(unused)} out")
     celebahq = args.dataset == "celebahq"
     cfg = make_config("celebahq" if celebahq else "folder",
                       **given_flags(args, (*MACHINE, "data_dir", "latents_dir")))

@@ -419,9 +419,9 @@ def class_names(images):
     return sorted({class_of(name) for name, _ in images.files})
 
 
-def labels_of(images, path):
-    """The class of each row of a file of latents, int64 (N,)."""
-    number, skipped = {name: i for i, name in enumerate(class_names(images))}, skipped_in(path)
+def labels_of(images, skipped=()):
+    """The class of each image, int64 (N,), without those that were skipped."""
+    number = {name: i for i, name in enumerate(class_names(images))}
     return torch.tensor([number[class_of(name)] for name, _ in images.files
                          if name not in skipped])
 
@@ -448,7 +448,7 @@ def open_latents(cfg, device="cpu", images=None):
     """The Latents that the settings name, encoded first if that was not done yet."""
     images = images or open_images(cfg)
     path, *others = encoded(cfg, device, images, encode)
-    labels = labels_of(images, path) if cfg.condition == "class" else None
+    labels = labels_of(images, skipped_in(path)) if cfg.condition == "class" else None
     return Latents(path, *others, labels)
 
 

@@ -18,6 +18,8 @@ from config import LATENT_DOWNSAMPLING, LATENT_SETS
 from harness import UserError
 from harness.machine import Network, VelocityNetwork
 
+WORD = 64                          # numbers per word of a caption, from Text
+
 
 def time_features(t, dim, time_scale=1.0):
     """Sinusoidal features of time, (B,) -> (B, dim): cosines first, as in ADM (Dhariwal 2021).
@@ -56,7 +58,7 @@ class Text(nn.Module):
     y = None is the null condition, the empty caption: all tokens are 0.
     """
 
-    def __init__(self, words, length=8, dim=64):
+    def __init__(self, words, length=8, dim=WORD):
         super().__init__()
         self.length = length
         self.words = nn.Embedding(words, dim)
@@ -129,7 +131,7 @@ class Head(nn.Module):
         self.linear = nn.Linear(channels, 1)
         self.label_emb = LabelEmbedding(num_classes, channels) if num_classes else None
         self.text = Text(num_words) if num_words else None
-        self.words_emb = nn.Linear(64, channels) if num_words else None
+        self.words_emb = nn.Linear(WORD, channels) if num_words else None
 
     def forward(self, h, y=None):
         logits = self.linear(h).squeeze(1)                                # (B,)
@@ -202,7 +204,7 @@ class Attention(nn.Module):
 class CrossAttention(nn.Module):
     """Attention of all positions to the words of a text; its answer starts at 0."""
 
-    def __init__(self, channels, heads, text_channels=64):
+    def __init__(self, channels, heads, text_channels=WORD):
         super().__init__()
         self.heads = heads
         self.norm = norm(channels)
@@ -273,7 +275,7 @@ class UNet(VelocityNetwork):
         )
         self.label_emb = LabelEmbedding(num_classes, emb_channels) if num_classes else None
         self.text = Text(num_words) if num_words else None
-        self.words_emb = Float32(nn.Linear(64, emb_channels)) if num_words else None
+        self.words_emb = Float32(nn.Linear(WORD, emb_channels)) if num_words else None
 
         def attend(ch, level, always=False):
             layers = [Attention(ch, heads)] if always or level in attention else []

@@ -21,7 +21,7 @@ from losses import expand, interpolate
 from model import Guided
 
 BLOCK = 256                        # noise is drawn in blocks of this many samples
-MOST_POINTS, MOST_IMAGES = 100_000, 10_000   # that fit into one picture
+MOST_POINTS, MOST_IMAGES, MOST_LATENTS, MOST_CELLS = 100_000, 10_000, 1000, 1000   # per picture
 
 
 def noise(shape, n, seed, start=0, stream=0):
@@ -170,9 +170,9 @@ def columns_of(network, nfes, n, prompts):
 
 
 def trajectory(file, networks, shape, nfe, seed=0, device="cpu", solver="euler", title=None,
-               decode=same, conditions=unconditional):
+               decode=same, conditions=unconditional, n=None):
     """Figures 4 and 7: zt and its z0-prediction along the path; for points the paths themselves."""
-    rows, n = [], 2000 if len(shape) == 1 else 2
+    rows, n = [], n or (2000 if len(shape) == 1 else 2)
     for name, network in networks:
         steps = list(path(network, shape, n, nfe, seed, solver, device, y=conditions(n)))
         if len(shape) == 1:
@@ -232,7 +232,8 @@ def parse(argv=None):
     how.add_argument("--nfe", type=int, nargs="+", default=[4], metavar="N",
                      help="number of function evaluations; several make a strip (Figure 5) [4]")
     how.add_argument("--n", type=int, help="number of samples [4000 points, 64 images, 32 "
-                     "latents; several NFE: fewer; --npz, --png: 50000 points, 10000 images]")
+                     "latents, 8 per prompt (captioned: 4); several NFE: fewer; --npz, --png: "
+                     "50000 points, 10000 images]")
     how.add_argument("--seed", type=int, default=0, help="of the noise, which all NFE share [0]")
     how.add_argument("--class", type=int, nargs="+", dest="classes", metavar="K",
                      help="a conditional network: the classes to draw, in turn [all]")
@@ -245,8 +246,8 @@ def parse(argv=None):
     how.add_argument("--stochastic", dest="solver", action="store_const", const="stochastic",
                      default="euler", help="predict z0, mix in fresh noise, repeat, as consistency "
                      "models do, instead of Euler's steps")
-    how.add_argument("--batch", type=int, help="at a time [1000 points, 500 images, 64 latents, "
-                     "captioned: 8]")
+    how.add_argument("--batch", type=int, help="samples drawn at a time [1000 points, 500 images, "
+                     "64 latents, captioned: 8]")
     output = parser.add_argument_group("what is written")
     kind = output.add_mutually_exclusive_group()
     kind.add_argument("--trajectory", action="store_true", help="zt and z0-predictions along the "
@@ -260,10 +261,21 @@ def parse(argv=None):
     add_field_flags(parser, (*MACHINE, "vae_weights", "teacher_checkpoint"))
     args = parser.parse_args(argv)
     check_flags(args, nfe=1, n=1, batch=1, seed=0)
-    if (args.npz or args.png or args.trajectory) and len(args.nfe) > 1:
-        raise UserError("--npz, --png and --trajectory take one --nfe; run them once for each")
+    check_output(args)
     args.prompt = read_prompts(args.prompts) if args.prompts else args.prompt
     return args
+
+
+def check_output(args):
+    """UserError if other flags do not fit what is written."""
+    if (args.npz or args.png or args.trajectory) and len(args.nfe) > 1:
+        raise UserError("--npz, --png and --trajectory take one --nfe; run them once for each")
+    if (args.npz or args.png) and args.out:
+        raise UserError("--out is for pictures; --npz and --png name what they write, so leave "
+                        "--out out")
+    if args.gif and (args.solver != "euler" or args.teacher is not None):
+        raise UserError("--gif shows teacher and student, both by Euler's method; leave "
+                        "--stochastic and --teacher out")
 
 
 def main(argv=None):
@@ -356,12 +368,35 @@ def write_raw(args, network, shape, cfg):
     return f"{file or folder}: {n} samples, {nfe * calls(network)} NFE, {args.solver}"
 
 
-def fits_a_picture(n, points):
-    """UserError if n samples are too many for one picture."""
-    most = MOST_POINTS if points else MOST_IMAGES
-    if n > most:
-        raise UserError(f"--n {n} is too many for a picture, which takes {most:,} at most; choose "
-                        "a smaller --n, or --npz FILE, which writes any number")
+def number_in_picture(args, cfg, networks, points):
+    """The number of samples in a picture, --n or its default; UserError if there are too many.
+
+    None stands for the default of trajectory and strips.
+    """
+    several, latent = len(args.nfe) > 1, cfg.dataset in LATENT_SETS
+    text = cfg.condition == "text" and not args.trajectory
+    prompts = len((args.prompt or examples(cfg))[:args.n]) if text else 0
+    if points:
+        most = MOST_POINTS
+    elif args.trajectory:                          # a row of zt and one of f per sample
+        most = max(2, MOST_CELLS // (2 * len(networks) * (args.nfe[0] + 1)))
+    elif several or text:
+        most = MOST_CELLS // len(args.nfe)
+    else:
+        most = MOST_LATENTS if latent else MOST_IMAGES
+    if text and several:
+        most, usual = min(most, prompts), prompts
+    elif text:
+        usual = (4 if latent else 8) * prompts
+    elif args.gif:
+        usual = 2500
+    else:
+        usual = None if several or args.trajectory else 4000 if points else 32 if latent else 64
+    n = args.n or usual
+    if n and n > most:
+        raise UserError(f"--n {n} is too many for this picture, which takes {most:,} at most; "
+                        "choose a smaller --n, or --npz FILE, which writes any number")
+    return n
 
 
 def write_picture(args, networks, shape, cfg, folder):
@@ -370,13 +405,14 @@ def write_picture(args, networks, shape, cfg, folder):
     latent, device = cfg.dataset in LATENT_SETS, next(network.parameters()).device
     title = f"{cfg.dataset}, {args.solver}, seed {args.seed}"
     conditions = conditions_of(cfg, args.classes, args.prompt)
+    n = number_in_picture(args, cfg, networks, points)
     if args.gif:
         if not points or name == "teacher":
             raise UserError("--gif takes a student of points, with the teacher.pt beside it; "
                             "--trajectory shows the path of images")
         return film(args.out or folder / "samples" / "film.gif", networks[0][1], network, shape,
                     args.seed, device, f"{cfg.dataset}: samples after each network call",
-                    conditions=conditions)
+                    n, conditions)
 
     decode, nfe = open_decoder(cfg), args.nfe[0]
     suffix = "" if args.solver == "euler" else f"-{args.solver}"
@@ -395,20 +431,16 @@ def write_picture(args, networks, shape, cfg, folder):
     out = args.out or folder / "samples" / f"{kind}-nfe{numbers}{suffix}-seed{args.seed}.png"
     if args.trajectory:
         return trajectory(out, networks, shape, nfe, args.seed, device, args.solver, title, decode,
-                          conditions)
+                          conditions, n)
     batch = args.batch or at_a_time(cfg.dataset)
     if cfg.condition == "text":
         prompts = (args.prompt or examples(cfg))[:args.n]
-        n = args.n or (4 if latent else 8) * len(prompts)
-        fits_a_picture(n, points)
         columns = columns_of(network, args.nfe, n, len(prompts))
         return by_prompt(out, cfg, columns, shape, prompts, args.seed, device, args.solver,
                          f"{name}, {title}", decode, batch)
-    n = args.n or (4000 if points else 32 if latent else 64)
-    fits_a_picture(n, points)
     if len(args.nfe) > 1:
         return strips(out, [(name, network, None)], shape, args.nfe, args.seed, device, args.solver,
-                      title=title, columns=args.n or (8 if latent else None), decode=decode,
+                      title=title, columns=n or (8 if latent else None), decode=decode,
                       conditions=conditions, batch=batch)
 
     z = decode(draw(network, shape, n, nfe, args.seed, args.solver, batch, device,

@@ -75,7 +75,7 @@ def main(argv=None):
         pictures = run.pictures("teacher")
     if machine.FIRST:
         print(f"teacher: {path}   pictures: {', '.join(map(str, pictures))}   "
-              f"next: {command('train.py')} --dataset {cfg.dataset} (distils it)")
+              f"next: {command('train.py')} with the same flags distils it")
 
 
 if __name__ == "__main__":

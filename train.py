@@ -177,13 +177,14 @@ def main(argv=None):
     only = given.pop("plan", False)
     with Run(cfg, given) as run:
         what = "already finished" if run.finished() else "wrote"
-        if what == "wrote" and plan.show(run, only, begin, scflow_step):
+        if (only or what == "wrote") and plan.show(run, only, begin, scflow_step):
             return
         path = train(run)
         pictures = run.pictures("student")         # also those that an interrupted run did not draw
     if machine.FIRST:
+        nfe = 1 if cfg.method == "fgm" else 4
         print(f"{what}: {path}   pictures: {', '.join(map(str, pictures))}   "
-              f"next: {command('sample.py')} --checkpoint {path} --nfe 4")
+              f"next: {command('sample.py')} --checkpoint {path} --nfe {nfe}")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@
     run.py         a run's folder: what it may overwrite, how it resumes, its logs and pictures
     checkpoint.py  files that are saved and read back
     machine.py     device, precision, several processes
+    log.py         the log, the progress bar, Ctrl-C
+    saved.py       opens what runs left, for sampling; files of raw samples
     plan.py        what a run on latents will do, need and cost
     hub.py         networks of other packages, from a folder or from the Hugging Face hub
     pictures.py    figures

@@ -123,9 +123,9 @@ def load(path, kind=None, mmap=False, pipeline="", checksums=None):
     """Reads a checkpoint of ours, or of the official code; `kind` is one name, a tuple or None.
 
     A pipeline of Stable Diffusion counts as a teacher; if it is a network alone, `pipeline` names
-    the rest of it. With mmap, tensors are read from disk only when they are used (of pipelines
-    they are left out), and checksums only if asked for. Raises UserError if the file is missing,
-    damaged, not ours, of another kind, or does not hold what its kind must.
+    the rest of it. With mmap, tensors are read from disk only when they are used, and checksums
+    only if asked for; a pipeline is opened without its tensors. Raises UserError if the file is
+    missing, damaged, not ours, of another kind, or does not hold what its kind must.
     """
     if is_pipeline(path):
         import text2image                          # not above: it needs optional packages

@@ -24,7 +24,8 @@ class Interrupt:
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             with suppress(ValueError, AttributeError):         # see run_script
                 number = getattr(signal, name)
-                self.before[number] = signal.signal(number, self.ask)
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self.before[number] = signal.signal(number, self.ask)
         return self
 
     def now(self):

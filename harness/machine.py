@@ -201,9 +201,9 @@ def save_memory(net, cfg):
 def wants_bf16(cfg, device, distilled=False):
     """Whether to compute in bf16; `auto` does for images if the device is fast at it.
 
-    But `auto` distils the paper's network in float32: CD compares its predictions at neighbouring
-    times, and bf16 loses much of their difference (study.precision). Its teacher may use bf16,
-    since the step that it makes is no difference, and so may sampling.
+    But `auto` distils the network of --model paper in float32: CD compares its predictions at
+    neighbouring times, and bf16 loses much of their difference (study.precision). Its teacher may
+    use bf16, since the step that it makes is no difference, and so may sampling.
     """
     if cfg.precision == "auto":
         exact = cfg.dataset in POINT_SETS or distilled and cfg.model == "paper"

@@ -86,7 +86,9 @@ def grid(path, rows, columns=None, title=None):
             frame(ax, points)
 
         for (label, colours, row), line in zip(rows, axes):
-            line[0].set_ylabel(label, rotation=0, ha="right", va="center", labelpad=6)
+            # a prompt may have dollar signs, which are no mathematics
+            line[0].set_ylabel(label, rotation=0, ha="right", va="center", labelpad=6,
+                               parse_math=False)
             colours = repeat(colours, width) if isinstance(colours, str) else colours
             for cell, colour, ax in zip_longest(row, colours, line):
                 if cell is None:

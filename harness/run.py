@@ -50,11 +50,11 @@ class Interrupted(KeyboardInterrupt):
 
 @contextmanager
 def unimportant():
-    """A picture that cannot be drawn does not stop training."""
+    """A picture that cannot be drawn stops nothing."""
     try:
         yield
     except UserError as e:
-        tqdm.write(f"{e}; training goes on")
+        tqdm.write(f"{e}; this picture is left out")
 
 
 class Run:
@@ -277,7 +277,12 @@ class Run:
         for path in dict.fromkeys([own, Path("runs") / cfg.dataset / "teacher.pt"]):
             if not path.exists():
                 continue
-            clash = self.clash(path, "teacher")
+            try:
+                clash = self.clash(path, "teacher")
+            except UserError:
+                if path == own and not cfg.overwrite:
+                    raise
+                continue                           # a damaged file that this run does not need
             if not clash:
                 return path
             if path == own and not cfg.overwrite:
@@ -436,7 +441,8 @@ class Run:
         """Measures the EMA as evaluate.py does, at 1 and 4 NFE; returns the row of quality.csv."""
         import evaluate
         (reference, settings), file = self.judge, self.folder / "quality.csv"
-        measured = evaluate.measure("student", self.on_device(ema), (1, 4), reference, **settings)
+        nfes = (1,) if self.cfg.method == "fgm" else (1, 4)
+        measured = evaluate.measure("student", self.on_device(ema), nfes, reference, **settings)
         row = {"step": str(step)} | {f"distance at {m['nfe']} NFE": f"{m['distance']:.6g}"
                                      for m in measured}
         if FIRST:

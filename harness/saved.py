@@ -33,8 +33,9 @@ def find_student(dataset=None):
     for name in ("student.pt", "student_resume.pt"):
         found = sorted(Path("runs").glob(f"**/{name}"), key=lambda p: p.stat().st_mtime)
         for file in reversed(found):
-            if "ablation" in file.parts or file.parent.name == "reflow":
-                continue                           # a cell of a table, a stage of reflow-distill
+            stage = file.parent.name == "reflow" and (file.parent.parent / "teacher.pt").exists()
+            if stage or "ablation" in file.parts:  # of reflow-distill; a cell of a table
+                continue
             try:
                 content = checkpoint.load(file, ("student", "student resume"), mmap=True)
             except (UserError, OSError):

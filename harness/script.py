@@ -111,7 +111,9 @@ def run_script(main):
             setattr(sys, name, open(os.devnull, "w"))
     for name in ("SIGTERM", "SIGHUP"):             # like Ctrl-C: temporary files are removed
         with suppress(ValueError, AttributeError): # not the main thread; Windows has no SIGHUP
-            signal.signal(getattr(signal, name), interrupt)
+            number = getattr(signal, name)
+            if signal.getsignal(number) is not signal.SIG_IGN:           # nohup ignores SIGHUP
+                signal.signal(number, interrupt)
     try:
         code = main()
         leave()

@@ -305,7 +305,8 @@ def guidance_picture(file, rows, distance):
 def main(argv=None):
     parser = make_parser(__doc__)
     parser.add_argument("kind", choices=tuple(TABLES), help="which table")
-    parser.add_argument("--dataset", choices=DATASETS, default=Config.dataset, help="[%(default)s]")
+    parser.add_argument("--dataset", default=Config.dataset, help="[%(default)s]",
+                        choices=[name for name in DATASETS if name != "captioned"])
     parser.add_argument("--only", nargs="+", default=[], metavar="ROW", help="train and measure "
                         "these rows alone, and the teacher; writes a table of its own")
     names = [f.name for f in fields(Config) if f.name not in CHOSEN]

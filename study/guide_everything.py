@@ -14,7 +14,7 @@ import data
 import evaluate
 import sample
 import train
-from config import CAPTION_SETS, DATASETS, Config, make_config
+from config import CAPTION_SETS, CLASSES, Config, make_config
 from data import Draws
 from harness import UserError
 from harness.run import Run
@@ -44,7 +44,8 @@ def distil(cfg, phi, dataset, device, guide):
 
 def main(argv=None):
     parser = make_parser(__doc__)
-    parser.add_argument("--dataset", choices=DATASETS, default="8gaussians", help="[%(default)s]")
+    parser.add_argument("--dataset", default="8gaussians", help="[%(default)s]",
+                        choices=[*CLASSES, *CAPTION_SETS, "folder"])
     names = [name for name in Config.__dataclass_fields__ if name not in CHOSEN]
     args = evaluate.parse(parser, argv, names, "measure with so many seeds of the noise [1]",
                           "runs/guide-everything/evaluation")
@@ -71,6 +72,8 @@ def main(argv=None):
             rows += evaluate.measure(name, network, [nfe], reference, seed=seed, **settings)
         except UserError as e:
             lost.append(str(e).split(";")[0])
+    if not rows:
+        raise UserError(f"no samples could be measured: {lost[0]}; try a lower --lr")
     evaluate.write(args.out or folder / "evaluation", cfg.dataset, reference, rows, "\n\n".join([
         f"guided with w = {w:g} in training: "
         + evaluate.report(cfg.dataset, reference, rows, args.solver), *lost]), lost=lost)

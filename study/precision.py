@@ -64,7 +64,7 @@ def main(argv=None):
     for file in given["files"]:
         network, content, cfg = open_network(file, device=given["device"], precision="fp32")
         if cfg.dataset in POINT_SETS:
-            raise UserError(f"{file} is a network of points, which always use fp32")
+            raise UserError(f"{file} is a network of points, which use fp32 by default")
         network.requires_grad_(True)
         many, *batches = (states(network, content["shape"], conditions_of(cfg), n, step)
                           for step, n in enumerate([SAMPLES] + [16] * BATCHES))

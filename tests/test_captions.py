@@ -190,7 +190,9 @@ def test_a_run_is_drawn_by_prompts_and_judged():
     refused("sample.py --prompt 'a red ring left of a blue disc of'", "9 words", "8")
     refused("sample.py --class 3", "--class", "captions")
     Path("many.txt").write_text("a red ring\n" * 2000)
-    refused("sample.py --prompts many.txt", "--n 16000", "--npz")
+    refused("sample.py --prompts many.txt", "--n 16000", "1,000", "--npz")
+    refused("sample.py --prompts many.txt --nfe 1 2", "--n 2000", "500")
+    refused("sample.py --prompt 'a red ring' --nfe 1 2 --n 3", "--n 3", "1 at most")
     refused("sample.py --guidance 2", "w = 1.5")
 
 

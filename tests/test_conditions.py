@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,12 @@ import torch
 from PIL import Image
 
 import data
+import evaluate
 import model
 import sample
 import train
 from config import make_config
+from harness import UserError
 from harness.run import Run
 from losses import expand
 from running import gen, is_picture, read, refused, works
@@ -312,6 +315,18 @@ def test_sub_folders_are_classes(taef2_files, no_pictures):
     z0, y = latents.batch(30, data.Draws(0))
     assert {int(k) for k in y} == {0, 1}
 
+    # samples that are measured have the shares of the data
+    Path("animals/dogs/rare").mkdir()
+    for i in range(30):
+        Path(f"animals/cats/{i:02d}.png").unlink()
+    y = evaluate.classes_as_in(data.with_classes(cfg), 30)
+    assert y.bincount().tolist() == [10, 20]
+    Path("animals/mice").mkdir()
+    shutil.copy("animals/dogs/00.png", "animals/mice")
+    with pytest.raises(UserError, match="3 sub-folders, and the network has 2"):
+        evaluate.classes_as_in(replace(cfg, num_classes=2), 30)
+    shutil.rmtree("animals/mice")
+
     Path("animals/loose.png").write_bytes(Path("animals/dogs/00.png").read_bytes())
     refused(f"train.py --dataset folder --data-dir animals --condition class {vae} {flags} --out b",
             "loose.png", "sub-folders")
@@ -362,3 +377,8 @@ def test_everything_is_guided(monkeypatch):
     plain = read("runs/8gaussians/student.pt")["ema"]
     equal = [all(torch.equal(v, plain[k]) for k, v in ema.state_dict().items()) for ema in kept]
     assert equal == [True, False, False]
+
+    monkeypatch.setattr(sample, "draw", lambda *args, **more: torch.full((200, 2), math.inf))
+    refused(f"study.guide_everything {SHORT} --n 200 --nfe 1", "no samples", "--lr")
+    refused("study.guide_everything --dataset captioned", "captioned")
+    refused("study.ablation losses --dataset captioned", "captioned")

@@ -1056,6 +1056,15 @@ def test_the_film(moons_run):
     assert teacher > 1 and max(one, two) < teacher             # after four calls they are done
 
 
+def test_only_what_is_shown_is_decoded():
+    seen = []
+    reference = evaluate.Reference(make_config("moons"), 100)
+    network = Field(lambda zt, t: zt)
+    settings = dict(shape=(2,), n=100, decode=lambda z: seen.append(len(z)) or z)
+    assert [r["nfe"] for r in evaluate.measure("a", network, [8], reference, **settings)] == [8]
+    assert sum(seen) == 100                        # not also the samples of one call
+
+
 def test_crossing_of_lines_that_are_known():
     # x1 = z1 / 2: no lines meet. x1 = (b, a) for z1 = (a, b): all with the same a + b meet, and
     # there the variance of a is 1/2; the mean is predicted

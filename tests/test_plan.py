@@ -149,12 +149,15 @@ def test_without_data_the_plan_is_printed_first(monkeypatch):
         assert words in ended.out, words
 
 
-def test_the_plan_alone_times_ten_iterations_and_keeps_nothing():
+def test_the_plan_alone_times_ten_iterations_and_keeps_nothing(monkeypatch):
     printed = works(f"train.py {SMALL} --plan")
     student, teacher = map(float, re.findall(r"([\d.e-]+) s per iteration", printed))
     hours = [float(h) for h in re.findall(r"about ([\d.e-]+) hours", printed)]
     assert hours == pytest.approx([3 * student / 3600, 2 * teacher / 3600], rel=0.06)
     assert {Path(name).name for name in files()} <= {".lock"}
+    with monkeypatch.context() as patch:           # of a finished run, too
+        patch.setattr(Run, "finished", lambda run: True)
+        assert "s per iteration" in works(f"train.py {SMALL} --plan")
     printed = works(f"train.py {SMALL} --plan --method reflow")
     assert "unknown" in printed and "per iteration" not in printed
 

@@ -619,6 +619,52 @@ def test_other_signals_save_like_ctrl_c(name, monkeypatch, no_pictures):
     assert read("runs/moons/student_resume.pt")["step"] == 7
 
 
+def few(cfg, shape, device, n=None, *others, prepare=evaluate.prepare, **more):
+    """evaluate.prepare with 500 samples: 50,000 points would take long."""
+    return prepare(cfg, shape, device, 500, *others, **more)
+
+
+def test_nohup_keeps_a_run_alive(monkeypatch, no_pictures):
+    def hang_up(self, add=log.Log.add, **terms):
+        add(self, **terms)
+        signal.raise_signal(signal.SIGHUP)
+
+    monkeypatch.setattr(log.Log, "add", hang_up)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)      # as nohup does
+    try:
+        works(f"train.py {MOONS}")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert read("runs/moons/student.pt")["step"] == 12
+
+
+def test_a_damaged_teacher_stops_only_the_runs_that_need_it(moons, no_pictures):
+    (moons / "teacher.pt").write_bytes(b"damaged")
+    works(f"train.py {MOONS} --seed 5 --out other")            # it was a candidate
+    refused(f"teacher.py {MOONS}", "teacher.pt")
+    works(f"train.py {MOONS} --overwrite")
+    assert read(moons / "teacher.pt")["step"] == 12
+
+
+def test_the_next_command_of_a_teacher_distils_it(no_pictures):
+    printed = works(f"teacher.py {MOONS} --teacher-lr 0.002 --out phi")
+    assert "next: python train.py with the same flags distils it" in printed
+    works(f"train.py {MOONS} --teacher-lr 0.002 --out phi")
+    printed = works(f"train.py {MOONS} --method fgm --out fgm")
+    assert printed.rstrip().endswith("--checkpoint fgm/student.pt --nfe 1")
+
+
+def test_fgm_is_measured_at_one_call_while_it_is_trained(monkeypatch, no_pictures):
+    monkeypatch.setattr(evaluate, "prepare", few)
+    works(f"train.py {MOONS} --method fgm --eval-every 12 --out fgm")
+    assert list(rows(Path("fgm/quality.csv"))[0]) == ["step", "distance at 1 NFE"]
+
+
+def test_a_run_in_a_folder_named_reflow_is_found(no_pictures):
+    works(f"train.py {MOONS} --method reflow --pairs 40 --pair-steps 2 --out runs/reflow")
+    assert sample.find_student("moons") == Path("runs/reflow/student.pt")
+
+
 def test_a_second_ctrl_c_stops_at_once(monkeypatch, no_pictures):
     interrupted(f"train.py {MOONS} --save-every 4", "student", 6, monkeypatch, times=2)
     assert read("runs/moons/student_resume.pt")["step"] == 4
@@ -720,10 +766,7 @@ def test_averages_are_kept(moons, monkeypatch, no_pictures):
 
 def test_the_student_is_measured_while_it_is_trained(moons, finished_run, monkeypatch):
     """As evaluate.py measures it, and without any effect on the run."""
-    def few(cfg, shape, device, n=None, *others, prepare=evaluate.prepare, **more):
-        return prepare(cfg, shape, device, 500, *others, **more)
-
-    monkeypatch.setattr(evaluate, "prepare", few)      # 50,000 points would take long
+    monkeypatch.setattr(evaluate, "prepare", few)
     monkeypatch.setattr(sample, "strips", lambda *args, **more: None)
     works(f"train.py {MOONS} --overwrite --eval-every 8 --keep-every 8")
     assert same(*(read(run / "student_resume.pt")["student"]
@@ -1141,6 +1184,29 @@ def test_pictures_of_samples(moons):
     assert "new/one.png" in works("sample.py --nfe 2 --n 100 --out new/one")
     for path in (*where.iterdir(), Path("new/one.png")):
         assert is_picture(path)
+
+
+def test_flags_that_a_picture_does_not_use_are_refused(moons):
+    refused("sample.py --gif --stochastic", "--gif", "--stochastic")
+    refused("sample.py --gif --teacher", "--gif", "--teacher")
+    refused("sample.py --npz a.npz --out b.png", "--npz", "--out")
+    for line, n in (("--gif", 100_001), ("--trajectory", 100_001), ("--nfe 1 4", 100_001)):
+        refused(f"sample.py {line} --n {n}", f"--n {n}", "100,000", "--npz")
+    assert not files(moons / "samples")
+    drawn = []
+    for line in ("--gif --n 30", "--trajectory --n 30", "--nfe 1 4 --n 30"):
+        with pytest.MonkeyPatch.context() as patch:
+            draw = sample.path
+            patch.setattr(sample, "path", lambda model, shape, n, *args, **more: (
+                drawn.append(n), draw(model, shape, n, *args, **more))[1])
+            works(f"sample.py {line}")
+    assert set(drawn) == {30}
+
+
+def test_a_prompt_with_dollar_signs_is_no_mathematics():
+    label = "from $5 to $10 and $_^$"
+    path = pictures.grid("a.png", [(label, "student", [torch.zeros(1, 8, 8)])], ["1 NFE"])
+    assert is_picture(path)
 
 
 def test_long_labels_are_wrapped_and_do_not_touch_the_edge(monkeypatch):

@@ -516,6 +516,7 @@ BAD = [
     ("--teacher-checkpoint half", "the unet of", "half"),
     ("--teacher-checkpoint notext", "text_encoder of", "notext"),
     ("--r1 1", "--r1 1.0", "attention"),
+    ("--vae pipeline --vae-weights sd.bin", "--vae pipeline has its own weights", "--vae sd"),
     ("--eval-every 5", "--eval-every is not for captioned", "evaluate.py --prompts"),
     ("--model tiny", "--model", "captioned"),
     ("--vae taef2", "(32, 8, 8)"),
@@ -670,7 +671,12 @@ def test_what_measuring_refuses(images, small_clip):
                          ("some.npz --real images --clip clip --prompts two.txt", "--prompts"),
                          ("some.npz --real images --clip nobody/clip", "nobody/clip"),
                          ("some.npz --real empty --features own:few", "empty holds", "--real"),
-                         ("some.npz --real images --prompts none.txt", "none.txt")):
+                         ("some.npz --real images --prompts none.txt", "none.txt"),
+                         ("some.npz --real images --prompts two.txt", "--prompts", "--clip"),
+                         ("some.npz --real images --out a --n 50", "--out, --n"),
+                         ("some.npz --real images --checkpoint a.pt --median --seeds 2 "
+                          "--guidance 2 --dataset mnist", "--checkpoint, --median, --guidance, "
+                          "--seeds, --dataset mnist")):
         refused(f"evaluate.py --samples {line}", *named)
 
 
