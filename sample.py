@@ -369,31 +369,22 @@ def write_raw(args, network, shape, cfg):
 
 
 def number_in_picture(args, cfg, networks, points):
-    """The number of samples in a picture, --n or its default; UserError if there are too many.
-
-    None stands for the default of trajectory and strips.
-    """
-    several, latent = len(args.nfe) > 1, cfg.dataset in LATENT_SETS
-    text = cfg.condition == "text" and not args.trajectory
-    prompts = len((args.prompt or examples(cfg))[:args.n]) if text else 0
+    """The number of samples in a picture, --n or its default; UserError if there are too many."""
+    latent, k = cfg.dataset in LATENT_SETS, len(args.nfe)
     if points:
-        most = MOST_POINTS
+        usual, most = 2500 if args.gif else 2000 if args.trajectory else 4000, MOST_POINTS
     elif args.trajectory:                          # a row of zt and one of f per sample
-        most = max(2, MOST_CELLS // (2 * len(networks) * (args.nfe[0] + 1)))
-    elif several or text:
-        most = MOST_CELLS // len(args.nfe)
+        usual, most = 2, max(2, MOST_CELLS // (2 * len(networks) * (args.nfe[0] + 1)))
+    elif cfg.condition == "text":
+        prompts = len((args.prompt or examples(cfg))[:args.n])
+        usual = prompts * (1 if k > 1 else 4 if latent else 8)
+        most = min(prompts, MOST_CELLS // k) if k > 1 else MOST_CELLS
+    elif k > 1:
+        usual, most = 8 if latent else 10, MOST_CELLS // k
     else:
-        most = MOST_LATENTS if latent else MOST_IMAGES
-    if text and several:
-        most, usual = min(most, prompts), prompts
-    elif text:
-        usual = (4 if latent else 8) * prompts
-    elif args.gif:
-        usual = 2500
-    else:
-        usual = None if several or args.trajectory else 4000 if points else 32 if latent else 64
+        usual, most = (32, MOST_LATENTS) if latent else (64, MOST_IMAGES)
     n = args.n or usual
-    if n and n > most:
+    if n > most:
         raise UserError(f"--n {n} is too many for this picture, which takes {most:,} at most; "
                         "choose a smaller --n, or --npz FILE, which writes any number")
     return n
@@ -440,7 +431,7 @@ def write_picture(args, networks, shape, cfg, folder):
                          f"{name}, {title}", decode, batch)
     if len(args.nfe) > 1:
         return strips(out, [(name, network, None)], shape, args.nfe, args.seed, device, args.solver,
-                      title=title, columns=n or (8 if latent else None), decode=decode,
+                      title=title, columns=n, decode=decode,
                       conditions=conditions, batch=batch)
 
     z = decode(draw(network, shape, n, nfe, args.seed, args.solver, batch, device,
