@@ -50,11 +50,11 @@ class Interrupted(KeyboardInterrupt):
 
 @contextmanager
 def unimportant():
-    """A picture that cannot be drawn stops nothing."""
+    """A picture that cannot be drawn does not stop training."""
     try:
         yield
     except UserError as e:
-        tqdm.write(f"{e}; this picture is left out")
+        tqdm.write(f"{e}; training goes on")
 
 
 class Run:
