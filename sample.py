@@ -169,10 +169,10 @@ def columns_of(network, nfes, n, prompts):
             for j in range(-(-n // prompts))]
 
 
-def trajectory(file, networks, shape, nfe, seed=0, device="cpu", solver="euler", title=None,
-               decode=same, conditions=unconditional, n=None):
+def trajectory(file, networks, shape, n, nfe, seed=0, device="cpu", solver="euler", title=None,
+               decode=same, conditions=unconditional):
     """Figures 4 and 7: zt and its z0-prediction along the path; for points the paths themselves."""
-    rows, n = [], n or (2000 if len(shape) == 1 else 2)
+    rows = []
     for name, network in networks:
         steps = list(path(network, shape, n, nfe, seed, solver, device, y=conditions(n)))
         if len(shape) == 1:
@@ -187,7 +187,7 @@ def trajectory(file, networks, shape, nfe, seed=0, device="cpu", solver="euler",
     return pictures.grid(file, rows, [f"t = {t:.2g}" for t, _, _ in steps], title)
 
 
-def film(file, teacher, student, shape, seed=0, device="cpu", title=None, n=2500,
+def film(file, teacher, student, shape, n, seed=0, device="cpu", title=None,
          conditions=unconditional):
     """A GIF of points on their way: the teacher in 50 steps, the student in 1, 2 and 4."""
     panels = []
@@ -402,8 +402,8 @@ def write_picture(args, networks, shape, cfg, folder):
             raise UserError("--gif takes a student of points, with the teacher.pt beside it; "
                             "--trajectory shows the path of images")
         return film(args.out or folder / "samples" / "film.gif", networks[0][1], network, shape,
-                    args.seed, device, f"{cfg.dataset}: samples after each network call",
-                    n, conditions)
+                    n, args.seed, device, f"{cfg.dataset}: samples after each network call",
+                    conditions)
 
     decode, nfe = open_decoder(cfg), args.nfe[0]
     suffix = "" if args.solver == "euler" else f"-{args.solver}"
@@ -421,8 +421,8 @@ def write_picture(args, networks, shape, cfg, folder):
     numbers = "-".join(map(str, args.nfe))
     out = args.out or folder / "samples" / f"{kind}-nfe{numbers}{suffix}-seed{args.seed}.png"
     if args.trajectory:
-        return trajectory(out, networks, shape, nfe, args.seed, device, args.solver, title, decode,
-                          conditions, n)
+        return trajectory(out, networks, shape, n, nfe, args.seed, device, args.solver, title,
+                          decode, conditions)
     batch = args.batch or at_a_time(cfg.dataset)
     if cfg.condition == "text":
         prompts = (args.prompt or examples(cfg))[:args.n]
@@ -431,8 +431,7 @@ def write_picture(args, networks, shape, cfg, folder):
                          f"{name}, {title}", decode, batch)
     if len(args.nfe) > 1:
         return strips(out, [(name, network, None)], shape, args.nfe, args.seed, device, args.solver,
-                      title=title, columns=n, decode=decode,
-                      conditions=conditions, batch=batch)
+                      title=title, columns=n, decode=decode, conditions=conditions, batch=batch)
 
     z = decode(draw(network, shape, n, nfe, args.seed, args.solver, batch, device,
                     y=conditions(n)))

@@ -17,7 +17,6 @@ import torch.nn.functional as F
 
 from config import LATENT_DOWNSAMPLING, make_config
 from harness import UserError, first_line
-from harness.checkpoint import VERSION
 from harness.hub import ADVICE, library, part
 from harness.machine import VelocityNetwork
 
@@ -111,7 +110,7 @@ def content(source, rest="", weights=True):
     shape = found(source).shape
     cfg = make_config("captioned", teacher_checkpoint=rest,
                       image_size=LATENT_DOWNSAMPLING * shape[1])
-    return {"scflow": VERSION, "kind": "teacher", "config": asdict(cfg), "shape": shape, "step": 0,
+    return {"kind": "teacher", "config": asdict(cfg), "shape": shape, "step": 0,
             "ema": velocity(source, rest).state_dict() if weights else {}}
 
 

@@ -129,7 +129,8 @@ def load(path, kind=None, mmap=False, pipeline="", checksums=None):
     """
     if is_pipeline(path):
         import text2image                          # not above: it needs optional packages
-        return text2image.content(str(path), pipeline, weights=not mmap)
+        content = text2image.content(str(path), pipeline, weights=not mmap)
+        return {"scflow": VERSION} | content
     path = Path(path)
     if path.is_dir():
         raise UserError(f"there is no checkpoint {path}: it is a folder without unet/config.json, "

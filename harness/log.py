@@ -5,7 +5,6 @@ import math
 import signal
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -22,10 +21,7 @@ class Interrupt:
     def __enter__(self):
         self.asked, self.sent, self.before = False, None, {}
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            with suppress(ValueError, AttributeError):         # see run_script
-                number = getattr(signal, name)
-                if signal.getsignal(number) is not signal.SIG_IGN:
-                    self.before[number] = signal.signal(number, self.ask)
+            self.before |= machine.on_signal(name, self.ask)
         return self
 
     def now(self):

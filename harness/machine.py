@@ -9,6 +9,8 @@ processes changes a run by rounding alone. With one process, nothing of this hap
 """
 
 import os
+import signal
+from contextlib import suppress
 from datetime import timedelta
 
 import torch
@@ -107,6 +109,19 @@ def mean(x):
         dist.all_reduce(x)
         x = x / WORLD
     return x
+
+
+def on_signal(name, handler):
+    """Calls handler at a signal from now on; returns {its number: the handler before}.
+
+    The answer is empty if the signal is not handled: nohup ignores SIGHUP, Windows has none, and
+    only the main thread handles signals.
+    """
+    with suppress(ValueError, AttributeError):
+        number = getattr(signal, name)
+        if name != "SIGHUP" or signal.getsignal(number) is not signal.SIG_IGN:
+            return {number: signal.signal(number, handler)}
+    return {}
 
 
 def leave():

@@ -7,7 +7,6 @@ import re
 import signal
 import sys
 import typing
-from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Literal
@@ -17,7 +16,7 @@ import torch
 from config import (LATENTS, LFM_TEACHER, MODELS, OFFICIAL, PRESETS, Config, field_comments, flag,
                     make_config, words)
 from harness import UserError, first_line
-from harness.machine import FIRST, RANK, WORLD, leave
+from harness.machine import FIRST, RANK, WORLD, leave, on_signal
 
 ABOUT_CELEBAHQ = (
     f"celebahq: LFM published the paper's teacher (153 M parameters): {LFM_TEACHER}. "
@@ -110,10 +109,7 @@ def run_script(main):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))
     for name in ("SIGTERM", "SIGHUP"):             # like Ctrl-C: temporary files are removed
-        with suppress(ValueError, AttributeError): # not the main thread; Windows has no SIGHUP
-            number = getattr(signal, name)
-            if signal.getsignal(number) is not signal.SIG_IGN:           # nohup ignores SIGHUP
-                signal.signal(number, interrupt)
+        on_signal(name, interrupt)
     try:
         code = main()
         leave()

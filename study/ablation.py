@@ -265,9 +265,10 @@ def make_table(args, given):
                    ablation=args.kind, seeds=args.seeds, solver=args.solver, diverged=diverged,
                    costs=spent)
     if len(ladder) > 2:                            # more than the teacher and one row
+        points = len(shape) == 1
         picture = sample.strips(root / "figure6.png", ladder, shape, (1, 4), args.seed,
-                                settings["device"], columns=8, decode=settings["decode"],
-                                across=len(shape) == 1,
+                                settings["device"], columns=None if points else 8,
+                                decode=settings["decode"], across=points,
                                 conditions=sample.conditions_of(default),
                                 title=f"{args.dataset}: the losses one after the other (Figure 6)")
         print(f"wrote {picture}")

@@ -24,7 +24,7 @@ import evaluate
 import sample
 import train
 from config import make_config
-from harness import UserError, machine
+from harness import UserError, machine, pictures
 from harness.log import Diverged
 from losses import consistency_loss, distance, expand, interpolate, time_skip, z0_prediction
 from model import copy_of, flow_map, velocity_network
@@ -813,10 +813,14 @@ def test_the_ladder_is_trained_measured_and_kept(monkeypatch, only_tables):
     assert json.loads((root / "losses.json").read_text())["rows"] == saved["rows"]
 
     # some rows alone have a table and, from two rows on, a picture
+    points, grid = [], pictures.grid
+    monkeypatch.setattr(pictures, "grid", lambda path, rows, *args: points.extend(
+        len(z) for _, _, row in rows for z in row) or grid(path, rows, *args))
     for only, drawn in (("CD", False), ('CD "+ RF"', True)):
         (root / "figure6.png").unlink()
         assert ("figure6.png" in works(small_table("losses", f"--only {only}"))) == drawn
         (root / "figure6.png").touch()
+    assert set(points) == {4000}
 
 
 def test_a_table_of_captions_goes_on_and_is_drawn_with_captions(monkeypatch, only_tables):

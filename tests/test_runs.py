@@ -615,7 +615,12 @@ def test_a_resumed_run_does_not_lose_its_last_but_one_state(moons, monkeypatch, 
 def test_other_signals_save_like_ctrl_c(name, monkeypatch, no_pictures):
     """A batch system sends SIGTERM, a closed connection SIGHUP."""
     number = getattr(signal, name)
-    assert "step 7 of 12" in interrupted(f"train.py {MOONS}", "student", 7, monkeypatch, 1, number)
+    before = signal.signal(number, signal.SIG_DFL)             # nohup, if it started the tests
+    try:
+        assert "step 7 of 12" in interrupted(f"train.py {MOONS}", "student", 7, monkeypatch, 1,
+                                             number)
+    finally:
+        signal.signal(number, before)
     assert read("runs/moons/student_resume.pt")["step"] == 7
 
 
@@ -636,6 +641,14 @@ def test_nohup_keeps_a_run_alive(monkeypatch, no_pictures):
     finally:
         signal.signal(signal.SIGHUP, before)
     assert read("runs/moons/student.pt")["step"] == 12
+
+
+def test_a_run_in_the_background_saves_at_kill_int(monkeypatch, no_pictures):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)      # as a shell script does, after &
+    try:
+        assert "step 7 of 12" in interrupted(f"train.py {MOONS}", "student", 7, monkeypatch)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_damaged_teacher_stops_only_the_runs_that_need_it(moons, no_pictures):
