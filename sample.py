@@ -376,9 +376,8 @@ def number_in_picture(args, cfg, networks, points):
     elif args.trajectory:                          # a row of zt and one of f per sample
         usual, most = 2, max(2, MOST_CELLS // (2 * len(networks) * (args.nfe[0] + 1)))
     elif cfg.condition == "text":
-        prompts = len((args.prompt or examples(cfg))[:args.n])
-        usual = prompts * (1 if k > 1 else 4 if latent else 8)
-        most = min(prompts, MOST_CELLS // k) if k > 1 else MOST_CELLS
+        prompts = len(args.prompt or examples(cfg))
+        usual, most = prompts * (1 if k > 1 else 4 if latent else 8), MOST_CELLS // k
     elif k > 1:
         usual, most = 8 if latent else 10, MOST_CELLS // k
     else:
@@ -425,10 +424,11 @@ def write_picture(args, networks, shape, cfg, folder):
                           decode, conditions)
     batch = args.batch or at_a_time(cfg.dataset)
     if cfg.condition == "text":
-        prompts = (args.prompt or examples(cfg))[:args.n]
-        columns = columns_of(network, args.nfe, n, len(prompts))
-        return by_prompt(out, cfg, columns, shape, prompts, args.seed, device, args.solver,
-                         f"{name}, {title}", decode, batch)
+        prompts = args.prompt or examples(cfg)
+        rows = n if len(args.nfe) > 1 else min(n, len(prompts))
+        prompts = [prompts[i % len(prompts)] for i in range(rows)]
+        return by_prompt(out, cfg, columns_of(network, args.nfe, n, rows), shape, prompts,
+                         args.seed, device, args.solver, f"{name}, {title}", decode, batch)
     if len(args.nfe) > 1:
         return strips(out, [(name, network, None)], shape, args.nfe, args.seed, device, args.solver,
                       title=title, columns=n, decode=decode, conditions=conditions, batch=batch)

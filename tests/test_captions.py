@@ -11,7 +11,7 @@ import captions
 import data
 import model
 from config import make_config
-from harness import UserError
+from harness import UserError, pictures
 from harness.saved import SHIPPED, conditions_of
 from running import gen, is_picture, read, refused, works
 
@@ -160,7 +160,7 @@ def test_some_captions_become_the_empty_one():
 # ----------------------------------------------------------------------------------- as a user
 
 
-def test_a_run_is_drawn_by_prompts_and_judged():
+def test_a_run_is_drawn_by_prompts_and_judged(monkeypatch):
     works(f"train.py {TINY}")
     for name in ("samples", "preview_000002", "losses"):
         assert is_picture(f"runs/captions/{name}.png")
@@ -192,7 +192,11 @@ def test_a_run_is_drawn_by_prompts_and_judged():
     Path("many.txt").write_text("a red ring\n" * 2000)
     refused("sample.py --prompts many.txt", "--n 16000", "1,000", "--npz")
     refused("sample.py --prompts many.txt --nfe 1 2", "--n 2000", "500")
-    refused("sample.py --prompt 'a red ring' --nfe 1 2 --n 3", "--n 3", "1 at most")
+    labels, grid = [], pictures.grid
+    monkeypatch.setattr(pictures, "grid", lambda path, rows, *args: labels.extend(
+        label for label, *_ in rows) or grid(path, rows, *args))
+    works("sample.py --prompt 'a red ring' 'a cyan bar' --nfe 1 2 --n 3")        # in turn
+    assert labels == ["a red ring", "a cyan bar", "a red ring"]
     refused("sample.py --guidance 2", "w = 1.5")
 
 
