@@ -122,6 +122,15 @@ class Config:
     eval_every: int = 0             # iterations between two measurements of the student; 0: none
     log: Literal["", "tensorboard"] = ""  # also write the log for TensorBoard (needs tensorboard)
 
+    @property
+    def one_step(self):
+        """True if the student is trained for one network call only, as FGM's is."""
+        return self.method == "fgm"
+
+    def student_nfes(self, *nfes):
+        """These NFEs, or (1,) for a student of one call."""
+        return (1,) if self.one_step else nfes
+
 
 PRESETS = {
     "8gaussians": dict(

@@ -293,11 +293,14 @@ def main(argv=None):
               for file in files]
     networks = [(content["kind"].split()[0], with_guidance(network, content, cfg, args.guidance))
                 for network, content, cfg in opened]
-    _, content, cfg = opened[-1]
+    network, content, cfg = opened[-1]
     if args.dataset and cfg.dataset != args.dataset:
         raise UserError(f"{student} was trained on {cfg.dataset}, not on {args.dataset}; "
                         "leave --dataset out")
     check_conditions(args, cfg)
+    if network.one_step and (args.gif or args.nfe != [1]):
+        raise UserError(f"{student} was trained for one network call ({cfg.method}); choose "
+                        f"--nfe 1{' without --gif' if args.gif else ''}")
     if args.npz or args.png:
         written = write_raw(args, networks[-1][1], tuple(content["shape"]), cfg)
     elif machine.FIRST:                            # one process draws a picture

@@ -182,9 +182,8 @@ def main(argv=None):
         path = train(run)
         pictures = run.pictures("student")         # also those that an interrupted run did not draw
     if machine.FIRST:
-        nfe = 1 if cfg.method == "fgm" else 4
         print(f"{what}: {path}   pictures: {', '.join(map(str, pictures))}   "
-              f"next: {command('sample.py')} --checkpoint {path} --nfe {nfe}")
+              f"next: {command('sample.py')} --checkpoint {path} --nfe {cfg.student_nfes(1, 4)[-1]}")
 
 
 if __name__ == "__main__":

@@ -428,7 +428,8 @@ class Run:
 
     def preview(self, kind, ema, step):
         """Draws samples of the EMA, and the loss curves so far."""
-        name, nfes = ("", (1, 4)) if kind == "student" else ("teacher_", (4, 16))
+        name, nfes = (("", self.cfg.student_nfes(1, 4)) if kind == "student" else
+                      ("teacher_", (4, 16)))
         with unimportant():
             sample.strips(self.folder / f"{name}preview_{step:06d}.png",
                           [(kind, self.on_device(ema), None)], self.shape, nfes,
@@ -441,8 +442,8 @@ class Run:
         """Measures the EMA as evaluate.py does, at 1 and 4 NFE; returns the row of quality.csv."""
         import evaluate
         (reference, settings), file = self.judge, self.folder / "quality.csv"
-        nfes = (1,) if self.cfg.method == "fgm" else (1, 4)
-        measured = evaluate.measure("student", self.on_device(ema), nfes, reference, **settings)
+        measured = evaluate.measure("student", self.on_device(ema), self.cfg.student_nfes(1, 4),
+                                    reference, **settings)
         row = {"step": str(step)} | {f"distance at {m['nfe']} NFE": f"{m['distance']:.6g}"
                                      for m in measured}
         if FIRST:
@@ -493,7 +494,8 @@ class Run:
         if not FIRST:
             return
         points = len(self.shape) == 1
-        few, many = ((1, 2, 4, 8, 16),) * 2 if points else ((1, 2, 4, 8), (1, 2, 4, 8, 50))
+        few = self.cfg.student_nfes(1, 2, 4, 8, *[16] * points)
+        many = (1, 2, 4, 8, 16 if points else 50)
         moved = ["teacher_checkpoint"] * (self.cfg.dataset == "captioned")     # the pipeline
         settings = {name: getattr(self.cfg, name) for name in (*MACHINE, *moved)}
         networks = [(kind, open_network(self.path(kind), **settings)[0], nfes)
@@ -504,12 +506,12 @@ class Run:
             phi, theta = (network for _, network, _ in networks)
             guided = ("teacher\nw = 3\n100 NFE", sample.Guided(phi, 3.0), 50, 0)
             columns = [("teacher\nw = 1\n50 NFE", phi, 50, 0), *[guided] * (self.cfg.p_null > 0),
-                       *((f"student\n\n{k} NFE", theta, k, 0) for k in (1, 2, 4))]
+                       *((f"student\n\n{k} NFE", theta, k, 0) for k in few if k < 8)]
             sample.by_prompt(path, self.cfg, columns, self.shape, device=self.device)
             return
         w = self.cfg.guidance
         title = f"the student learnt the guided path, w = {w:g}; the teacher has w = 1"
-        sample.strips(path, networks, self.shape, few, device=self.device, decode=dataset.decode,
+        sample.strips(path, networks, self.shape, many, device=self.device, decode=dataset.decode,
                       title=title if w != 1 else None,
                       data=dataset.batch(shown, draws)[0].cpu(),
                       conditions=conditions_of(self.cfg))

@@ -81,7 +81,7 @@ def open_network(file, weights="ema", **given):
     if cfg.method == "flowmap" and content["kind"].startswith("student"):
         network = flow_map(network)
     checkpoint.load_weights(network, content[part], file)
-    network.one_step = cfg.method == "fgm" and content["kind"].startswith("student")
+    network.one_step = cfg.one_step and content["kind"].startswith("student")
     return machine.prepare(copy_of(network), cfg, device), content, cfg
 
 

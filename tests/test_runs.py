@@ -667,10 +667,21 @@ def test_the_next_command_of_a_teacher_distils_it(no_pictures):
     assert printed.rstrip().endswith("--checkpoint fgm/student.pt --nfe 1")
 
 
-def test_fgm_is_measured_at_one_call_while_it_is_trained(monkeypatch, no_pictures):
+def test_fgm_is_shown_and_measured_at_one_call(monkeypatch):
+    shown = {}
     monkeypatch.setattr(evaluate, "prepare", few)
-    works(f"train.py {MOONS} --method fgm --eval-every 12 --out fgm")
+    monkeypatch.setattr(sample, "strips", lambda path, networks, shape, nfes, **more: shown.update(
+        {Path(path).name: [some or nfes for _, _, some in networks]}))
+    monkeypatch.setattr(pictures, "losses", lambda *args: None)
+    works(f"train.py {MOONS} --method fgm --eval-every 12 --preview-every 12 --out fgm")
     assert list(rows(Path("fgm/quality.csv"))[0]) == ["step", "distance at 1 NFE"]
+    assert shown["preview_000012.png"] == [(1,)]
+    assert shown["samples.png"] == [(1, 2, 4, 8, 16), (1,)]
+    for more in ("", "--nfe 1 4", "--gif --nfe 1", "--trajectory --nfe 10"):
+        refused(f"sample.py --checkpoint fgm/student.pt {more}", "one network call (fgm)",
+                "--nfe 1")
+    works("sample.py --checkpoint fgm/student.pt --nfe 1 --n 3 --npz one.npz")
+    works("sample.py --checkpoint fgm/student.pt --nfe 2 --n 3 --npz two.npz --teacher")
 
 
 def test_a_run_in_a_folder_named_reflow_is_found(no_pictures):
