@@ -74,7 +74,7 @@ class Config:
     teacher_lr: float = 4e-3        # AdamW learning rate
     teacher_batch_size: int = 512   # samples per iteration
     teacher_ema: float = 0.995      # decay of the weights' average, which is the teacher
-    p_null: float = 0.1             # share of conditions replaced by the null condition (Eq. 2)
+    p_null: float = 0.1             # share of conditions replaced by the null condition (for Eq. 3)
     teacher_lr_final: float = 0.0   # the rate falls along a cosine to this fraction of itself
     lr_warmup: int = 100            # iterations in which all rates rise from zero
 

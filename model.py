@@ -486,7 +486,7 @@ class Guided(nn.Module):
 
 
 def with_nulls(y, drop, num_classes):
-    """Labels y (B,) or tokens (B, L), some replaced by the null condition (Eq. 2).
+    """Labels y (B,) or tokens (B, L), some replaced by the null condition (for Eq. 3).
 
     drop (B,) marks them. The null condition is one class more, or the empty text.
     """

@@ -37,7 +37,7 @@ def train_teacher(run):
             z0, y = dataset.batch(cfg.teacher_batch_size // machine.WORLD, draws)
             z1 = draws.normal(*z0.shape)                                   # (B, ...)
             t = draws.uniform(len(z0))                                     # (B,)
-            if y is not None:                      # some samples lose their condition (Eq. 2)
+            if y is not None:                      # Eq. 3 needs the null condition, too
                 y = with_nulls(y, draws.uniform(len(y)) < cfg.p_null, cfg.num_classes)
             loss = flow_matching_loss(teacher(interpolate(z0, z1, t), t, y), z0, z1)
             loss.backward()

@@ -119,7 +119,7 @@ def passes(cfg, step):
     """The compute of iteration `step`, in forward passes of one batch through the network.
 
     A backward pass counts 2 if it reaches the weights, and 1 if it only reaches the inputs. The
-    discriminator, a smaller network, is not counted; FGM's online flow, a full one, is.
+    discriminator is not counted; FGM's online flow, a full velocity network, is.
     """
     learn, frozen = 3, 2                           # forward and backward, with and without weights
     teacher = 1 if cfg.guidance == 1 else 2        # a guided teacher is called twice
