@@ -1374,7 +1374,7 @@ def test_the_readmes_commands(mnist_dir, faces_dir, taef2_files, monkeypatch):
              "evaluate.py": drawing, "latents.py": [*vae, *drawing],
              "study.oversaturation": [], "study.speed": small,
              "study.ablation": [*small, "--n", "12", "--nfe", "1", "--pairs", "20",
-                                "--pair-steps", "1"]}
+                                "--pair-steps", "1", "--seeds", "1"]}
     for script, *given in commands:
         if "captioned" in given:                   # tests/test_text2image.py runs these
             continue
