@@ -43,7 +43,8 @@ for number, name in ((1, "out"), (2, "err")):
     os.dup2(os.open(name + {env!r}["RANK"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
 # another test may have had the server import the project, with the rank of that process
 for name, module in list(sys.modules.items()):
-    if (getattr(module, "__file__", None) or "").startswith({repo!r}):
+    file = getattr(module, "__file__", None) or ""
+    if file.startswith({repo!r}) and not file.startswith(sys.prefix):    # .venv is in the folder
         del sys.modules[name]
 sys.path.insert(0, {repo!r})
 import sample, harness.pictures, harness.run       # no pictures, as the fixture no_pictures
