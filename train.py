@@ -182,8 +182,9 @@ def main(argv=None):
         path = train(run)
         pictures = run.pictures("student")         # also those that an interrupted run did not draw
     if machine.FIRST:
+        nfe = cfg.student_nfes(1, 4)[-1]
         print(f"{what}: {path}   pictures: {', '.join(map(str, pictures))}   "
-              f"next: {command('sample.py')} --checkpoint {path} --nfe {cfg.student_nfes(1, 4)[-1]}")
+              f"next: {command('sample.py')} --checkpoint {path} --nfe {nfe}")
 
 
 if __name__ == "__main__":

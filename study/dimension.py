@@ -1,10 +1,10 @@
 """How the balance of the losses depends on the number of elements: `python -m study.dimension`.
 
-The points of the checkerboard are put into a plane of a space of N dimensions, z0 = size x Q, where Q (2, N)
-has orthonormal rows. Either the size is 1, or it is such that the N elements have variance 1 on
-average, as those of images and latents. The velocity networks see the plane alone, where they are
-those of the 2D points; so nothing changes but the losses, which are means over N elements, and the
-discriminator, which sees all of them. A table shows the gradient that each loss sends into a
+The points of the checkerboard are put into a plane of a space of N dimensions, z0 = size x Q, where
+Q (2, N) has orthonormal rows. Either the size is 1, or it is such that the N elements have variance
+1 on average, as those of images and latents. The velocity networks see the plane alone, where they
+are those of the 2D points; so nothing changes but the losses, which are means over N elements, and
+the discriminator, which sees all of them. A table shows the gradient that each loss sends into a
 sample, before its weight.
 """
 
