@@ -506,7 +506,8 @@ class Run:
             phi, theta = (network for _, network, _ in networks)
             guided = ("teacher\nw = 3\n100 NFE", sample.Guided(phi, 3.0), 50, 0)
             columns = [("teacher\nw = 1\n50 NFE", phi, 50, 0), *[guided] * (self.cfg.p_null > 0),
-                       *((f"student\n\n{k} NFE", theta, k, 0) for k in few if k < 8)]
+                       *((f"student\n\n{k} NFE", theta, k, 0)
+                         for k in self.cfg.student_nfes(1, 2, 4))]
             sample.by_prompt(path, self.cfg, columns, self.shape, device=self.device)
             return
         w = self.cfg.guidance
